@@ -1,0 +1,1 @@
+"""Fast backends, installed as `npllm.backends`. They import npllm; npllm never imports them."""

@@ -1,0 +1,300 @@
+"""class Backend: the hot operations, their canonical bodies, and the registry of faster ones.
+
+`Backend` itself is the NumPy backend and the canon. A faster backend subclasses it, overrides what it can do faster and
+inherits the rest. There are two grains: fine operations (`linear`, `attention`, ...) and coarse ones that a fast backend
+wants whole (`project_heads`, `gated_ffn`, `step`), whose canonical bodies call the fine ones; overriding either works.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+
+import numpy as np
+
+from npllm import blocks
+from npllm.arrays import Array, DTypeLike, Namespace
+from npllm.blocks.ffn import Activation
+from npllm.blocks.masks import Mask
+from npllm.blocks.rope import Angles, Rope
+from npllm.cache import Keys, Rows
+from npllm.checkpoint import Weight
+from npllm.config import nearest
+from npllm.errors import BackendError
+from npllm.weights import MLP, QKV, GatedFFN, Linear, Spec
+
+if TYPE_CHECKING:
+    from npllm.generation import State
+    from npllm.llm import Model
+
+log = logging.getLogger("npllm")
+
+
+class RMS(NamedTuple):
+    """An RMS norm in front of a coarse operation: its prepared gain, and eps."""
+
+    params: Linear
+    eps: float
+
+
+class LN(NamedTuple):
+    """A LayerNorm in front of a coarse operation: its prepared gain and bias, and eps."""
+
+    params: Linear
+    eps: float
+
+
+Norm = RMS | LN
+
+
+class Backend:
+    """The canonical NumPy backend, and the base of all others.
+
+    dtype     arithmetic: "float32" (None means this) or "float64"; weights are widened to it when they are prepared.
+    strict    an override that declines an operation raises BackendError instead of falling back to the canon.
+    threads   threads of the backend's own kernels and of BLAS; None leaves the environment's choice.
+    """
+
+    name: ClassVar[str] = "numpy"
+    xp: ClassVar[Namespace] = np
+    dtypes: ClassVar[tuple[str, ...]] = ("float32", "float64")
+
+    def __init__(self, dtype: str | None = None, *, strict: bool = False, threads: int | None = None) -> None:
+        self.dtype = dtype or self.dtypes[0]
+        if self.dtype not in self.dtypes:
+            raise BackendError(f"the {self.name} backend computes in {' or '.join(self.dtypes)}, not in {self.dtype}")
+        if threads is not None and threads < 1:
+            raise BackendError(f"threads = {threads} must be at least 1")
+        self.strict, self.threads = strict, threads
+
+    @functools.cached_property
+    def _blas(self) -> Any:
+        from threadpoolctl import ThreadpoolController
+
+        return ThreadpoolController()
+
+    def limited(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which BLAS keeps to `threads`; kernels of a backend read `threads` themselves."""
+        return contextlib.nullcontext() if self.threads is None else self._blas.limit(limits=self.threads)
+
+    # -- arrays and weights -------------------------------------------------------------------------------------------
+
+    def asarray(self, x: Any, dtype: DTypeLike | None = None) -> Array:
+        """`x` as an array of this backend."""
+        return self.xp.asarray(x, dtype=dtype)
+
+    def to_numpy(self, x: Array) -> Array:
+        """An array of this backend as a NumPy array."""
+        return np.asarray(x)
+
+    def prepare(self, bundle: Any) -> Any:
+        """A tuple of handles (nested: `Linear`, `QKV`, ...) -> the same tuple of what the operations take.
+
+        The canon widens each handle to `dtype`, or maps the file where its type is the same. Called once per bundle.
+        """
+        if bundle is None:
+            return None
+        if isinstance(bundle, Weight):
+            values = bundle.array(self.dtype)
+            if values.base is None:
+                bundle.release()
+            return values
+        return type(bundle)(*map(self.prepare, bundle))
+
+    def bytes_needed(self, spec: Spec) -> int:
+        """Memory that the prepared weights take."""
+        itemsize = np.dtype(self.dtype).itemsize
+        return sum(tensor.size * itemsize for tensor in spec.values() if tensor.alias is None)
+
+    # -- naming intermediates (npllm.trace) ---------------------------------------------------------------------------
+
+    def mark(self, name: str, x: Array) -> Array:
+        """Give an intermediate its name; -> `x`, or what a trace puts in its place."""
+        return x
+
+    def layer(self, index: int) -> Backend:
+        """The backend for layer `index`: itself, unless a trace wants to know whose intermediates it sees."""
+        return self
+
+    # -- fine operations ----------------------------------------------------------------------------------------------
+
+    def embed(self, tokens_M: Array, w: Linear, /) -> Array:
+        """Rows of the embedding [N, D] -> x_MD."""
+        return w.weight[tokens_M]
+
+    def rms_norm(self, x_MD: Array, w: Linear, /, eps: float) -> Array:
+        """blocks.rms_norm over the last axis."""
+        return blocks.rms_norm(self.xp, x_MD, w.weight, eps)
+
+    def layer_norm(self, x_MD: Array, w: Linear, /, eps: float) -> Array:
+        """blocks.layer_norm over the last axis."""
+        return blocks.layer_norm(self.xp, x_MD, w.weight, w.bias, eps)
+
+    def linear(self, x_MD: Array, w: Linear, /, residual_MF: Array | None = None) -> Array:
+        """`residual + x W^T + b` with W [F, D] -> y_MF; residual and bias may be absent."""
+        y_MF = x_MD @ w.weight.T
+        if w.bias is not None:
+            y_MF += w.bias
+        if residual_MF is not None:
+            y_MF += residual_MF
+        return y_MF
+
+    def angles(self, rope: Rope, positions_M: Array, /) -> Angles:
+        """Cosines and sines of a step's positions, in the backend's dtype."""
+        return blocks.angles(self.xp, rope, positions_M, self.dtype)
+
+    def rope(self, x_MHK: Array, angles: Angles, /, interleaved: bool = False) -> Array:
+        """blocks.rotate_halves, or blocks.rotate_interleaved."""
+        rotate = blocks.rotate_interleaved if interleaved else blocks.rotate_halves
+        return rotate(self.xp, x_MHK, angles)
+
+    def attention(
+        self, q_MHK: Array, keys: Keys, rows: Rows, /, *, mask: Mask, scale: float, softcap: float | None = None
+    ) -> Array:
+        """blocks.softmax_attention of each row's queries over that row's keys -> o_MHV, packed as `q_MHK`."""
+        outputs = []
+        for r, (_, start, begin, end) in enumerate(rows):
+            k_SGK, v_SGV, first = keys.row(r)
+            outputs.append(
+                blocks.blocked_attention(
+                    self.xp, q_MHK[begin:end], k_SGK, v_SGV,
+                    first_query=start, first_key=first, mask=mask, scale=scale, softcap=softcap,
+                )
+            )  # fmt: skip
+        return outputs[0] if len(outputs) == 1 else self.xp.concatenate(outputs)
+
+    # -- coarse operations --------------------------------------------------------------------------------------------
+
+    def normed(self, x_MD: Array, norm: Norm | None, /) -> Array:
+        """`norm` applied to `x_MD`; None passes it through."""
+        if norm is None:
+            return x_MD
+        if isinstance(norm, RMS):
+            return self.rms_norm(x_MD, norm.params, norm.eps)
+        return self.layer_norm(x_MD, norm.params, norm.eps)
+
+    def project_heads(
+        self, x_MD: Array, w: QKV, /, head_dim: int, *, norm: Norm | None = None
+    ) -> tuple[Array, Array, Array]:
+        """Norm, then the three projections, split into heads -> q_MHK, k_MGK, v_MGK."""
+        h_MD = self.mark("attention.input", self.normed(x_MD, norm))
+        q_MHK, k_MGK, v_MGK = (self.linear(h_MD, part).reshape(len(h_MD), -1, head_dim) for part in w)
+        return q_MHK, k_MGK, v_MGK
+
+    def gated_ffn(
+        self, x_MD: Array, w: GatedFFN, /, act: Activation, *, norm: Norm | None = None, residual_MD: Array | None = None
+    ) -> Array:
+        """`residual + down(act(gate h) * up h)` with `h = norm(x)` (SwiGLU, GeGLU: Shazeer 2020, arXiv 2002.05202)."""
+        h_MD = self.mark("ffn.input", self.normed(x_MD, norm))
+        gate_MF = act(self.xp, self.mark("ffn.gate", self.linear(h_MD, w.gate_proj)))
+        gate_MF *= self.mark("ffn.up", self.linear(h_MD, w.up_proj))
+        return self.linear(self.mark("ffn.hidden", gate_MF), w.down_proj, residual_MD)
+
+    def mlp(
+        self, x_MD: Array, w: MLP, /, act: Activation, *, norm: Norm | None = None, residual_MD: Array | None = None
+    ) -> Array:
+        """`residual + c_proj(act(c_fc h))` with `h = norm(x)`."""
+        h_MD = self.mark("ffn.input", self.normed(x_MD, norm))
+        hidden_MF = act(self.xp, self.mark("ffn.up", self.linear(h_MD, w.c_fc)))
+        return self.linear(self.mark("ffn.hidden", hidden_MF), w.c_proj, residual_MD)
+
+    def step(self, model: Model, state: State, /) -> Array:
+        """One step of generation: forward, then a sampled token for each row that wants one -> int64 [W]."""
+        return state.sample(self.to_numpy(model.run(self, state.tokens_M, state.rows, state.cache)))
+
+
+OPERATIONS = ("embed", "rms_norm", "layer_norm", "linear", "rope", "attention", "project_heads", "gated_ffn", "mlp", "step")
+
+B = TypeVar("B", bound=Callable[..., Any])
+
+
+def accelerates(declines: Callable[..., str | None]) -> Callable[[B], B]:
+    """Decorate an override: `declines(self, *args, **kwargs)` gives None, or the reason why it cannot take this call.
+
+    A declined call goes to the inherited method; the reason is logged once, or raised under `strict=True`. The override's
+    signature must be the canon's, else TypeError at class creation. A checker that raises is a bug and is not caught.
+    """
+
+    def wrap(override: B) -> B:
+        operation = override.__name__
+        canon = getattr(Backend, operation)
+        if inspect.signature(override).parameters.keys() != inspect.signature(canon).parameters.keys():
+            raise TypeError(f"{operation}{inspect.signature(override)} must have the canon's {inspect.signature(canon)}")
+
+        @functools.wraps(override)
+        def method(self: Backend, *args: Any, **kwargs: Any) -> Any:
+            why = declines(self, *args, **kwargs)
+            if why is None:
+                return override(self, *args, **kwargs)
+            if self.strict:
+                raise BackendError(f"{self.name}.{operation} declines: {why}")
+            _log_once(f"{self.name}.{operation} falls back to the canon: {why}")
+            return canon(self, *args, **kwargs)
+
+        return method  # type: ignore[return-value]
+
+    return wrap
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    log.info(message)
+
+
+# -- the registry -----------------------------------------------------------------------------------------------------
+
+# "auto" takes the first of these that loads.
+PREFERENCE = ("cupy", "numba", "numpy")
+
+
+def available_backends() -> dict[str, str]:
+    """Every registered backend by name -> "" if it loads, else the reason why not."""
+    found = {}
+    for name in _registered():
+        try:
+            _load(name)
+            found[name] = ""
+        except BackendError as error:
+            found[name] = str(error)
+    return found
+
+
+def get_backend(
+    name: str = "auto", *, dtype: str | None = None, strict: bool = False, threads: int | None = None
+) -> Backend:
+    """The backend `name` ("auto": the fastest that loads), computing in `dtype`. BackendError says what to install."""
+    if name != "auto":
+        return _load(name)(dtype, strict=strict, threads=threads)
+    registered = _registered()
+    for candidate in PREFERENCE:
+        if candidate not in registered:
+            continue
+        try:
+            return _load(candidate)(dtype, strict=strict, threads=threads)
+        except BackendError as error:
+            _log_once(f"backend auto: {error}")
+    return Backend(dtype, strict=strict, threads=threads)
+
+
+def _registered() -> dict[str, Any]:
+    return {"numpy": None} | {point.name: point for point in entry_points(group="npllm.backends")}
+
+
+def _load(name: str) -> type[Backend]:
+    registered = _registered()
+    if name == "numpy":
+        return Backend
+    if name not in registered:
+        raise BackendError(f"backend {name!r} is not installed; installed: {nearest(name, registered)}")
+    try:
+        backend = registered[name].load()
+    except Exception as error:
+        raise BackendError(f"backend {name!r} cannot load: {error}") from error
+    if not (isinstance(backend, type) and issubclass(backend, Backend)):
+        raise BackendError(f"backend {name!r}: its entry point must name a subclass of npllm.backend.Backend")
+    return backend

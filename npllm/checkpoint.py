@@ -1,0 +1,278 @@
+"""Weight files: finding them, checking their bounds, mapping their bytes. Nothing is read before it is checked.
+
+The safetensors format: 8 bytes of header length (little endian), a JSON header {name: {dtype, shape, data_offsets}},
+then the tensors, without holes or overlaps. The `safetensors` package copies tensors out of the file and has no bfloat16
+in NumPy; here each tensor is a view of the mapped file in its storage format.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from npllm.arrays import Array, DTypeLike
+from npllm.config import read_json
+from npllm.errors import CheckpointError
+
+# Formats by their name in a safetensors header: (npllm's name, NumPy dtype of the stored bytes).
+FORMATS = {"F64": ("f64", "<f8"), "F32": ("f32", "<f4"), "F16": ("f16", "<f2"), "BF16": ("bf16", "<u2")}
+
+# Formats that the header may name but no model of this version reads; buffers of such types are skipped by name.
+OTHER_FORMATS = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
+    "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8, "C64": 8,
+}  # fmt: skip
+
+# The limit of the reference implementation.
+LONGEST_HEADER = 100_000_000
+
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A handle: one stored tensor, where it lies and how; never a copy of it.
+
+    `format` is the storage format (f64, f32, f16, bf16), `data` the mapped bytes as a NumPy array of the storage type
+    (bf16 as uint16), `source` the file, for errors.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    format: str
+    data: Array
+    source: str = ""
+    mapping: mmap.mmap | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, name: str, array: Array) -> Weight:
+        """A handle on an array in memory (float16, float32 or float64), for tests and random weights."""
+        formats = {"float64": "f64", "float32": "f32", "float16": "f16"}
+        return cls(name, tuple(array.shape), formats[array.dtype.name], array, "memory")
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    def array(self, dtype: DTypeLike) -> Array:
+        """The values in `dtype` (float32 or float64): the mapped bytes themselves where the type matches, else a copy.
+
+        Widening bf16 is exact: its bits are the upper half of a float32.
+        """
+        if self.format == "bf16":
+            wide = np.empty_like(self.data, np.float32)
+            np.left_shift(self.data, 16, out=wide.view(np.uint32), dtype=np.uint32, casting="unsafe")
+            return wide.astype(dtype, copy=False)
+        if self.data.dtype == dtype and self.data.flags.aligned:
+            return self.data
+        return self.data.astype(dtype)
+
+    def transposed(self) -> Weight:
+        """The same bytes seen as the transposed matrix."""
+        return replace(self, shape=self.shape[::-1], data=self.data.T)
+
+    def release(self) -> None:
+        """Tell the system that the file's pages are not needed: a widened copy has taken their place."""
+        if self.mapping is not None and hasattr(self.mapping, "madvise"):
+            self.mapping.madvise(mmap.MADV_DONTNEED)
+
+
+class SafetensorsFile:
+    """One mapped safetensors file. `entries`: name -> (dtype, shape, begin, end), offsets counted from the data's start."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries, self.start, size = read_header(path)
+        self.mapping = _map(path) if size else None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def format(self, name: str) -> str:
+        return str(self.entries[name][0])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.entries[name][1]
+
+    def weight(self, name: str) -> Weight:
+        """The handle of tensor `name`; a format that npllm does not compute with is an error that names it."""
+        dtype, shape, begin, end = self.entries[name]
+        if dtype not in FORMATS:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} is stored as {dtype}, which is not supported (supported: {', '.join(FORMATS)})"
+            )
+        format, numpy_dtype = FORMATS[dtype]
+        if begin == end or self.mapping is None:
+            return Weight(name, shape, format, np.zeros(shape, numpy_dtype), str(self.path))
+        data = np.frombuffer(self.mapping, numpy_dtype, math.prod(shape), self.start + begin).reshape(shape)
+        return Weight(name, shape, format, data, str(self.path), self.mapping)
+
+
+def _map(path: Path) -> mmap.mmap:
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as bad:
+        raise CheckpointError(f"{path}: cannot be mapped into memory ({bad})") from None
+
+
+Entry = tuple[str, tuple[int, ...], int, int]
+
+
+def read_header(path: Path) -> tuple[dict[str, Entry], int, int]:
+    """Read and check a safetensors header -> (entries, offset of the data, bytes of data)."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise CheckpointError(f"{path}: {size} bytes is too short for a safetensors file; download it again")
+            length = int.from_bytes(prefix, "little")
+            if length > LONGEST_HEADER:
+                raise CheckpointError(f"{path}: header of {length} bytes is beyond the limit of {LONGEST_HEADER}")
+            if 8 + length > size:
+                raise CheckpointError(f"{path}: header of {length} bytes is longer than the file ({size} bytes)")
+            text = file.read(length)
+    except OSError as bad:
+        raise CheckpointError(f"{path}: cannot be read ({bad.strerror})") from None
+    return _check_header(path, text, size - 8 - length), 8 + length, size - 8 - length
+
+
+def _check_header(path: Path, text: bytes, size: int) -> dict[str, Entry]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = dict(pairs)
+        if len(names) < len(pairs):
+            raise ValueError("a key stands twice")
+        return names
+
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as bad:
+        raise CheckpointError(f"{path}: header is not valid JSON ({bad})") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: header is not a JSON object")
+    header.pop("__metadata__", None)
+    entries = {name: _check_entry(path, name, entry, size) for name, entry in header.items()}
+    _check_layout(path, entries, size)
+    return entries
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+
+
+def _check_entry(path: Path, name: str, entry: Any, size: int) -> Entry:
+    def fail(problem: str) -> CheckpointError:
+        return CheckpointError(f"{path}: tensor {name[:200]}: {problem}")
+
+    if not isinstance(entry, dict):
+        raise fail("its header entry is not an object")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or (dtype not in FORMATS and dtype not in OTHER_FORMATS):
+        raise fail(f"unknown dtype {str(dtype)[:40]!r}")
+    if not isinstance(shape, list) or len(shape) > 32 or not all(map(_is_size, shape)):
+        raise fail(f"shape {str(shape)[:80]} is not a list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise fail(f"data_offsets {str(offsets)[:80]} is not a pair of positions")
+    begin, end = offsets
+    if not begin <= end <= size:
+        raise fail(f"bytes {begin}..{end} lie outside the file's {size} bytes of data (truncated download?)")
+    itemsize = np.dtype(FORMATS[dtype][1]).itemsize if dtype in FORMATS else OTHER_FORMATS[dtype]
+    if math.prod(shape) * itemsize != end - begin:
+        raise fail(f"shape {shape} of {dtype} needs {math.prod(shape) * itemsize} bytes, its offsets hold {end - begin}")
+    return dtype, tuple(shape), begin, end
+
+
+def _check_layout(path: Path, entries: dict[str, Entry], size: int) -> None:
+    """Tensors must tile the data: an overlap or a hole means that the header or the file is damaged."""
+    position = 0
+    for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if begin != position:
+            what = "overlaps the one before it" if begin < position else f"leaves a hole of {begin - position} bytes"
+            raise CheckpointError(f"{path}: tensor {name[:200]} {what} (bytes {begin}..{end})")
+        position = end
+    if position != size:
+        raise CheckpointError(f"{path}: {size - position} bytes after the last tensor belong to nothing")
+
+
+class Checkpoint:
+    """All tensors of a model folder, from one file or from the shards that its index names."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: dict[str, SafetensorsFile] = {}
+        for path, names in find_weights(folder).items():
+            file = SafetensorsFile(path)
+            for name in file if names is None else names:
+                if name not in file.entries:
+                    raise CheckpointError(f"{path}: the index places tensor {name} here, but the file lacks it")
+                if name in self.files:
+                    raise CheckpointError(f"{path}: tensor {name} also stands in {self.files[name].path.name}")
+                self.files[name] = file
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def weight(self, name: str) -> Weight:
+        return self.files[name].weight(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.files[name].shape(name)
+
+    def format(self, name: str) -> str:
+        return self.files[name].format(name)
+
+
+def find_weights(folder: Path) -> dict[Path, list[str] | None]:
+    """The weight files of a folder, each with the tensors that the index places there (None: all it holds).
+
+    `model.safetensors.index.json` outranks `model.safetensors`; other files are never mixed in, or a model that is
+    published in two forms would be loaded twice.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return _read_index(index)
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return {single: None}
+    for pickle in PICKLES:
+        if (folder / pickle).exists():
+            raise CheckpointError(
+                f"{folder}: only pickled weights ({pickle}), which can run code when read; "
+                f"turn them into safetensors with: npllm convert {folder} OUT"
+            )
+    raise CheckpointError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there")
+
+
+def _read_index(index: Path) -> dict[Path, list[str] | None]:
+    table = read_json(index, CheckpointError).get("weight_map")
+    if not isinstance(table, dict) or not table or not all(isinstance(shard, str) for shard in table.values()):
+        raise CheckpointError(f"{index}: weight_map must map tensor names to shard file names")
+    shards: dict[Path, list[str] | None] = {}
+    for name, shard in table.items():
+        path = _shard_path(index, shard)
+        names = shards.setdefault(path, [])
+        assert names is not None
+        names.append(name)
+    return shards
+
+
+def _shard_path(index: Path, shard: str) -> Path:
+    parts = PurePosixPath(shard)
+    if parts.is_absolute() or ".." in parts.parts or "\\" in shard or ":" in shard or not shard.endswith(".safetensors"):
+        raise CheckpointError(f"{index}: {shard[:200]!r} is not the name of a safetensors file inside the folder")
+    path = index.parent / shard
+    if not path.is_file():
+        raise CheckpointError(f"{index}: names the shard {shard}, which is missing; download it again")
+    return path

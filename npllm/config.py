@@ -1,0 +1,276 @@
+"""Reading `config.json` strictly: every value is checked, every key is accounted for, every error names its field.
+
+A model's `Config.read(Reader)` asks for the keys it knows, with the defaults of transformers' configuration class; what
+it neither reads nor lists as ignored is warned about once, by name. Both spellings of a key are accepted: those of
+published checkpoints (`rope_theta` with `rope_scaling`, `torch_dtype`) and those that transformers 5 writes
+(`rope_parameters`, `dtype`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from npllm.blocks.ffn import ACTIVATIONS
+from npllm.blocks.rope import Rope
+from npllm.errors import ConfigError
+
+log = logging.getLogger("npllm")
+
+T = TypeVar("T")
+
+# Keys that say nothing about the forward pass, whatever the model.
+IGNORED = frozenset(
+    """_name_or_path architectures attn_implementation auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id
+    finetuning_task id2label initializer_range is_decoder is_encoder_decoder label2id model_type output_attentions
+    output_hidden_states pad_token_id pretraining_tp problem_type return_dict sep_token_id task_specific_params
+    tf_legacy_loss tie_encoder_decoder tokenizer_class torch_dtype torchscript transformers_version use_bfloat16
+    use_cache cross_attention_hidden_size add_cross_attention decoder_start_token_id pruned_heads prefix
+    attention_dropout mlp_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop""".split()
+)
+
+# No published model comes near; a larger number is a damaged or hostile file, and would only loop or overflow.
+MOST_LAYERS = 4096
+MOST_UNITS = 1 << 31
+
+
+def read_json(path: Path, error: type[Exception] = ConfigError, *, missing: str = "") -> dict[str, Any]:
+    """The JSON object in `path`; anything else is an `error` of one line that names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path}: no such file{missing}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as bad:
+        raise error(f"{path}: not valid JSON ({bad})") from None
+    except OSError as bad:
+        raise error(f"{path}: cannot be read ({bad.strerror})") from None
+    if not isinstance(value, dict):
+        raise error(f"{path}: must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+class Reader:
+    """Typed access to one JSON object that remembers which keys were read.
+
+    `name` stands at the head of every error: the file, or the file and the nested section.
+    """
+
+    def __init__(self, values: dict[str, Any], name: str = "config.json") -> None:
+        self.values, self.name, self.seen = values, name, set[str]()
+
+    def fail(self, key: str, problem: str) -> ConfigError:
+        return ConfigError(f"{self.name}: {key} = {_shorten(self.values.get(key))} {problem}")
+
+    def raw(self, key: str) -> Any:
+        self.seen.add(key)
+        return self.values.get(key)
+
+    def integer(self, key: str, default: int, *, least: int = 1, most: int = MOST_UNITS) -> int:
+        value = self.raw(key)
+        if value is None:
+            return default
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.fail(key, "must be an integer")
+        if not least <= value <= most:
+            raise self.fail(key, f"must lie between {least} and {most}")
+        return value
+
+    def optional_integer(self, key: str, *, least: int = 1) -> int | None:
+        return None if self.raw(key) is None else self.integer(key, 0, least=least)
+
+    def real(self, key: str, default: float, *, positive: bool = True) -> float:
+        value = self.raw(key)
+        if value is None:
+            return default
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise self.fail(key, "must be a number")
+        try:
+            value = float(value)
+        except OverflowError:
+            value = math.inf
+        if not math.isfinite(value) or (positive and value <= 0):
+            raise self.fail(key, "must be a finite number" + (" above zero" if positive else ""))
+        return value
+
+    def optional_real(self, key: str) -> float | None:
+        return None if self.raw(key) is None else self.real(key, 0.0)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.raw(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.fail(key, "must be true or false")
+        return value
+
+    def choice(self, key: str, default: str, allowed: Iterable[str]) -> str:
+        value = default if self.raw(key) is None else self.values[key]
+        names = list(allowed)
+        if value not in names:
+            raise self.fail(key, f"is not supported; supported: {nearest(str(value), names)}")
+        return str(value)
+
+    def strings(self, key: str) -> list[str] | None:
+        value = self.raw(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.fail(key, "must be a list of strings")
+        return value
+
+    def section(self, key: str) -> Reader | None:
+        value = self.raw(key)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.fail(key, "must be an object")
+        return Reader(value, f"{self.name}: {key}")
+
+    def only(self, key: str, value: Any) -> None:
+        """Demand that `key` is absent, null or `value`: anything else would change the result and is not supported."""
+        if self.raw(key) not in (None, value):
+            raise self.fail(key, f"is not supported (only {json.dumps(value)})")
+
+    def unread(self, ignored: Iterable[str] = ()) -> list[str]:
+        return sorted(set(self.values) - self.seen - IGNORED - set(ignored))
+
+    def finish(self, ignored: Iterable[str] = ()) -> None:
+        """Warn once about the keys that nobody read and nobody declared to be without effect."""
+        unread = [key for key in self.unread(ignored) if not key.startswith("_")]
+        if unread:
+            log.warning("%s: these keys are unknown to npllm and have no effect: %s", self.name, ", ".join(unread))
+
+
+def nearest(word: str, names: Iterable[str]) -> str:
+    """All `names`, those most like `word` first, as text for an error."""
+    names = list(names)
+    close = difflib.get_close_matches(word, names, n=len(names) or 1, cutoff=0.5)
+    return ", ".join(close + sorted(set(names) - set(close)))
+
+
+def _shorten(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+
+
+def read_rope(reader: Reader, dim: int, *, theta: float, positions: int) -> Rope:
+    """RoPE from `rope_parameters`, or else `rope_theta` with `rope_scaling`; `theta` is the class default.
+
+    `positions` (`max_position_embeddings`) stands in for a missing `original_max_position_embeddings`.
+    """
+    theta = reader.real("rope_theta", theta)
+    scaling = reader.section("rope_scaling")
+    parameters = reader.section("rope_parameters") or scaling
+    if parameters is None:
+        return Rope(dim=dim, theta=theta)
+    rope = _read_rope_section(parameters, dim, theta, positions, reader)
+    parameters.finish({"type"})
+    return rope
+
+
+def _read_rope_section(section: Reader, dim: int, theta: float, positions: int, outer: Reader) -> Rope:
+    key = "rope_type" if section.values.get("rope_type") is not None else "type"
+    kind = section.choice(key, "default", ROPE_KINDS)
+    theta = section.real("rope_theta", theta)
+    if kind == "default":
+        section.seen |= set(section.values)
+        return Rope(dim=dim, theta=theta)
+    if section.raw("factor") is None:
+        raise ConfigError(f"{section.name}: rope type {kind!r} needs a factor")
+    fallback = outer.integer("original_max_position_embeddings", positions)
+    return Rope(
+        dim=dim,
+        theta=theta,
+        kind=kind,
+        factor=section.real("factor", 1.0),
+        original=section.integer("original_max_position_embeddings", fallback),
+        low_freq_factor=section.real("low_freq_factor", 1.0),
+        high_freq_factor=section.real("high_freq_factor", 4.0),
+        beta_fast=section.real("beta_fast", 32.0),
+        beta_slow=section.real("beta_slow", 1.0),
+        mscale=section.optional_real("mscale"),
+        mscale_all_dim=section.optional_real("mscale_all_dim"),
+        attention_factor=section.optional_real("attention_factor"),
+        truncate=section.flag("truncate", True),
+    )
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """What every decoder-only transformer of the Llama lineage has; names are those of config.json.
+
+    `max_position_embeddings` is the trained context in tokens; `rope` is read from the rope keys.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_act: str
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    rope: Rope
+
+
+def read_decoder(reader: Reader, defaults: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `DecoderConfig` from a config.json, with a model's class `defaults`.
+
+    A default of None for `head_dim` means hidden_size / num_attention_heads, for `num_key_value_heads` all heads.
+    """
+    hidden = reader.integer("hidden_size", defaults["hidden_size"])
+    heads = reader.integer("num_attention_heads", defaults["num_attention_heads"])
+    kv_heads = reader.optional_integer("num_key_value_heads") or defaults["num_key_value_heads"] or heads
+    head_dim = reader.optional_integer("head_dim") or defaults["head_dim"]
+    if head_dim is None:
+        head_dim = divide(reader, "hidden_size", hidden, "num_attention_heads", heads)
+    divide(reader, "num_attention_heads", heads, "num_key_value_heads", kv_heads)
+    if head_dim % 2:
+        raise ConfigError(f"{reader.name}: head_dim = {head_dim} must be even, RoPE turns pairs")
+    positions = reader.integer("max_position_embeddings", defaults["max_position_embeddings"])
+    return {
+        "vocab_size": reader.integer("vocab_size", defaults["vocab_size"]),
+        "hidden_size": hidden,
+        "intermediate_size": reader.integer("intermediate_size", defaults["intermediate_size"]),
+        "num_hidden_layers": reader.integer("num_hidden_layers", defaults["num_hidden_layers"], most=MOST_LAYERS),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "hidden_act": reader.choice("hidden_act", "silu", ACTIVATIONS),
+        "rms_norm_eps": reader.real("rms_norm_eps", 1e-6),
+        "max_position_embeddings": positions,
+        "tie_word_embeddings": reader.flag("tie_word_embeddings", False),
+        "rope": read_rope(reader, head_dim, theta=10000.0, positions=positions),
+    }
+
+
+def read_layer_types(reader: Reader, pattern: list[str], allowed: Iterable[str]) -> list[str]:
+    """`layer_types`, one kind per layer; `pattern` is what the older keys or the class default say."""
+    types = reader.strings("layer_types") or pattern
+    if len(types) != len(pattern):
+        raise ConfigError(f"{reader.name}: layer_types names {len(types)} layers, num_hidden_layers is {len(pattern)}")
+    unknown = sorted(set(types) - set(allowed))
+    if unknown:
+        raise ConfigError(f"{reader.name}: layer type {unknown[0]!r} is not supported; supported: {', '.join(allowed)}")
+    return types
+
+
+def divide(reader: Reader, whole_key: str, whole: int, parts_key: str, parts: int) -> int:
+    """`whole / parts`, or an error that names both fields when it leaves a remainder."""
+    if whole % parts:
+        raise ConfigError(f"{reader.name}: {whole_key} = {whole} is not divisible by {parts_key} = {parts}")
+    return whole // parts

@@ -1,0 +1,74 @@
+"""What this machine has: memory, cores, CPU features, BLAS threads."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+
+def gibibytes(size: float) -> str:
+    """`size` bytes as text: 1.5 GiB, 12 MiB."""
+    if size >= 1 << 30:
+        return f"{size / (1 << 30):.1f} GiB"
+    return f"{size / (1 << 20):.0f} MiB"
+
+
+def available_memory() -> int:
+    """Bytes that a new allocation can use without swapping: the system's estimate, within the control group's limit."""
+    limits = [_meminfo("MemAvailable"), _control_group()]
+    known = [limit for limit in limits if limit is not None]
+    return min(known) if known else sys.maxsize
+
+
+def total_memory() -> int | None:
+    """Bytes of physical memory, or None where the system does not say."""
+    return _meminfo("MemTotal")
+
+
+def _meminfo(key: str) -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith(key + ":"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def _control_group() -> int | None:
+    """What the container may still take (cgroup v2, else v1); file pages that can be dropped do not count as taken."""
+    root = Path("/sys/fs/cgroup")
+    places = [
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    ]
+    for limit, usage, statistics, droppable in places:
+        try:
+            counts = dict(line.split() for line in (root / statistics).read_text().splitlines())
+            used = int((root / usage).read_text()) - int(counts.get(droppable, 0))
+            return max(0, int((root / limit).read_text()) - used)
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def cores() -> int:
+    """Cores that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    import platform
+
+    return platform.processor() or platform.machine()

@@ -1,0 +1,76 @@
+"""The architectures, one file each, and the registry that finds them by `model_type`."""
+
+from __future__ import annotations
+
+import logging
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from npllm.arrays import Array
+from npllm.backend import Backend
+from npllm.cache import Cache, LayerSpec, Rows
+from npllm.config import Reader, nearest, read_json
+from npllm.errors import ConfigError
+from npllm.weights import Spec
+
+log = logging.getLogger("npllm")
+
+# model_type of config.json -> file in this folder.
+REGISTRY = {"gpt2": "gpt2", "llama": "llama3", "qwen3": "qwen3"}
+
+# Multimodal wrappers keep the text model's configuration here.
+NESTED = "text_config"
+
+
+class Architecture(Protocol):
+    """What a model file offers. It may add BUFFERS (a regular expression of own names that carry no weights) and IGNORED
+    (config keys without effect)."""
+
+    Config: Any
+
+    def weight_spec(self, c: Any) -> Spec: ...
+    def cache_spec(self, c: Any) -> list[LayerSpec]: ...
+    def forward(self, be: Backend, c: Any, w: Any, tokens_M: Array, rows: Rows, cache: Cache) -> Array: ...
+
+
+class Described(NamedTuple):
+    """A configuration read: the module that computes it, its Config, and the config.json it came from."""
+
+    architecture: Architecture
+    config: Any
+    values: dict[str, Any]
+
+
+def read_config(folder: Path) -> Described:
+    """Read `folder/config.json`."""
+    path = folder / "config.json"
+    return interpret(read_json(path, missing="; a model folder needs one"), str(path))
+
+
+def interpret(values: dict[str, Any], name: str = "config.json") -> Described:
+    """A parsed config.json -> its architecture and Config; ConfigError names the field that does not fit."""
+    text = values.get(NESTED)
+    if isinstance(text, dict):
+        log.warning("%s: a multimodal model; only its text part runs", name)
+        inherited = {key: values[key] for key in ("tie_word_embeddings",) if key in values and key not in text}
+        values, name = inherited | text, f"{name}: {NESTED}"
+    if "auto_map" in values:
+        log.warning("%s: its auto_map names code of the checkpoint's author; npllm never runs it", name)
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in REGISTRY:
+        problem = "has no model_type" if kind is None else f"model_type {str(kind)[:60]!r} is not supported"
+        raise ConfigError(f"{name}: {problem}; supported: {nearest(str(kind), REGISTRY)}")
+    refuse_quantised(values, name)
+    architecture = import_module(f"npllm.models.{REGISTRY[kind]}")
+    reader = Reader(values, name)
+    config = architecture.Config.read(reader)
+    reader.finish(getattr(architecture, "IGNORED", ()))
+    return Described(architecture, config, values)
+
+
+def refuse_quantised(values: dict[str, Any], name: str) -> None:
+    quantisation = values.get("quantization_config")
+    if quantisation:
+        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
+        raise ConfigError(f"{name}: quantised checkpoints are not supported (quantization_config: {str(method)[:40]})")

@@ -1,0 +1,178 @@
+"""From logits to a token: penalties, temperature, top-k, top-p, min-p, one random stream per row.
+
+The order is that of transformers and vLLM: bias and penalties on the logits, then the temperature, then top-k, top-p and
+min-p on what is left. Everything here works on one row's logits on the host, in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from npllm.arrays import Array
+from npllm.errors import ArgumentError, NumericsError
+
+# Candidates that top-p looks at before it sorts the whole vocabulary.
+LIKELY = 1024
+
+
+class Alternative(NamedTuple):
+    """A token that could have come, and its log-probability under the model."""
+
+    token: int
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen.
+
+    temperature          0 is greedy (the lowest id wins a tie).
+    top_k                keep the k most likely tokens; 0 keeps all.
+    top_p                keep the smallest set of most likely tokens whose probabilities reach top_p, in (0, 1].
+    min_p                keep tokens at least min_p times as likely as the most likely one, in [0, 1].
+    repetition_penalty   divides positive and multiplies negative logits of tokens seen in prompt or answer (Keskar et al.
+                         2019, arXiv 1909.05858); 1 is none.
+    presence_penalty     subtracted from the logit of every token of the answer so far, in [-2, 2].
+    frequency_penalty    subtracted once per occurrence in the answer so far, in [-2, 2].
+    logit_bias           token id -> added to its logit; -inf bans it.
+    seed                 row r draws from the stream (seed, r).
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _between("temperature", self.temperature, 0, 100)
+        _between("top_p", self.top_p, 0, 1, open_below=True)
+        _between("min_p", self.min_p, 0, 1)
+        _between("repetition_penalty", self.repetition_penalty, 0, 100, open_below=True)
+        _between("presence_penalty", self.presence_penalty, -2, 2)
+        _between("frequency_penalty", self.frequency_penalty, -2, 2)
+        _whole("top_k", self.top_k, 0)
+        _whole("seed", self.seed, 0)
+        for token, bias in self.logit_bias.items():
+            _whole("logit_bias: token id", token, 0)
+            if not _is_number(bias) or math.isnan(bias) or bias == math.inf:
+                raise ArgumentError(f"logit_bias: {bias!r} for token {token} must be a finite number or -inf")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def _between(name: str, value: Any, low: float, high: float, *, open_below: bool = False) -> None:
+    if not _is_number(value) or not (low < value if open_below else low <= value) or not value <= high:
+        opening = "(" if open_below else "["
+        raise ArgumentError(f"{name} = {value!r} must be a number in {opening}{low}, {high}]")
+
+
+def _whole(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ArgumentError(f"{name} = {value!r} must be a whole number of at least {least}")
+
+
+class Sampler:
+    """Draws the tokens of one row; it remembers what the row has seen."""
+
+    def __init__(self, sampling: Sampling, stream: int, prompt: Sequence[int], vocabulary: int) -> None:
+        self.sampling, self.vocabulary = sampling, vocabulary
+        beyond = [token for token in sampling.logit_bias if token >= vocabulary]
+        if beyond:
+            raise ArgumentError(f"logit_bias: token id {beyond[0]} is beyond the vocabulary of {vocabulary}")
+        self.random = np.random.default_rng([sampling.seed, stream])
+        self.seen = set(prompt)
+        self.counts: dict[int, int] = {}
+
+    def draw(self, logits_N: Array) -> int:
+        """The next token from one row of logits; NumericsError if they are not finite."""
+        check_finite(logits_N)
+        token = self._choose(self._adjusted(logits_N))
+        self.seen.add(token)
+        self.counts[token] = self.counts.get(token, 0) + 1
+        return token
+
+    def _adjusted(self, logits_N: Array) -> Array:
+        s = self.sampling
+        penalised = s.repetition_penalty != 1.0 or s.presence_penalty or s.frequency_penalty
+        if not penalised and not s.logit_bias:
+            return logits_N
+        logits_N = logits_N.astype(np.float64)
+        if s.repetition_penalty != 1.0:
+            seen = np.fromiter(self.seen, np.int64)
+            values = logits_N[seen]
+            logits_N[seen] = np.where(values > 0, values / s.repetition_penalty, values * s.repetition_penalty)
+        if self.counts and (s.presence_penalty or s.frequency_penalty):
+            said = np.fromiter(self.counts, np.int64)
+            times = np.fromiter(self.counts.values(), np.float64)
+            logits_N[said] -= s.presence_penalty + s.frequency_penalty * times
+        for token, bias in s.logit_bias.items():
+            logits_N[token] += bias
+        return logits_N
+
+    def _choose(self, logits_N: Array) -> int:
+        s = self.sampling
+        if s.temperature == 0.0:
+            return int(np.argmax(logits_N))
+        tokens = np.arange(len(logits_N))
+        logits = logits_N.astype(np.float64) / s.temperature
+        if 0 < s.top_k < len(logits):
+            tokens = most_likely(logits, s.top_k)
+            logits = logits[tokens]
+        if s.top_p < 1.0:
+            kept = _nucleus(logits, s.top_p)
+            tokens, logits = tokens[kept], logits[kept]
+        if s.min_p > 0.0:
+            kept = logits >= logits.max() + math.log(s.min_p)
+            tokens, logits = tokens[kept], logits[kept]
+        mass = np.cumsum(np.exp(logits - logits.max()))
+        index = np.searchsorted(mass, self.random.random() * mass[-1], side="right")
+        return int(tokens[min(int(index), len(tokens) - 1)])
+
+
+def check_finite(logits: Array) -> None:
+    """NumericsError when a model's logits hold NaN or infinity."""
+    if not np.isfinite(logits).all():
+        raise NumericsError("the model's logits are not finite (NaN or infinity): its weights are damaged or overflowed")
+
+
+def most_likely(logits: Array, k: int) -> Array:
+    """The ids of the k largest logits, in descending order; ties go to the lowest id."""
+    threshold = np.partition(logits, -k)[-k]
+    candidates = np.flatnonzero(logits >= threshold)
+    return candidates[np.argsort(-logits[candidates], kind="stable")][:k]
+
+
+def _nucleus(logits: Array, top_p: float) -> Array:
+    weights = np.exp(logits - logits.max())
+    total = weights.sum()
+    for count in (min(LIKELY, len(logits)), len(logits)):
+        order = most_likely(logits, count)
+        reached = np.cumsum(weights[order])
+        if reached[-1] >= top_p * total:
+            break
+    return order[: int(np.searchsorted(reached, top_p * total)) + 1]
+
+
+def log_softmax(logits: Array) -> Array:
+    """Log-probabilities over the last axis, in float64."""
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def alternatives(logprobs_N: Array, count: int) -> list[Alternative]:
+    """The `count` most likely tokens."""
+    ids: Iterable[int] = most_likely(logprobs_N, min(count, len(logprobs_N))) if count else ()
+    return [Alternative(int(token), float(logprobs_N[token])) for token in ids]

@@ -1,0 +1,209 @@
+"""Text to token ids and back, through the `tokenizers` package, and the text of a stream of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from npllm.config import read_json
+from npllm.errors import TokenizerError
+
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+# What a decoder prints for bytes that are not (or not yet) UTF-8.
+REPLACEMENT = "\ufffd"
+LONGEST_PARTIAL = 3
+
+
+class Tokenizer:
+    """The tokenizer of a model folder: `tokenizer.json`, with what `tokenizer_config.json` adds.
+
+    `special_tokens` maps names such as `bos_token` to their text. `chat_template` is the template's source, or None.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.backend = _load(folder / "tokenizer.json")
+        path = folder / "tokenizer_config.json"
+        self.settings = read_json(path, TokenizerError) if path.is_file() else {}
+        self.special_tokens = self._special_tokens()
+        self.chat_templates = self._chat_templates()
+        self.adds_bos = self.settings.get("add_bos_token") is True
+
+    def _special_tokens(self) -> dict[str, str]:
+        path = self.folder / "special_tokens_map.json"
+        stored = (read_json(path, TokenizerError) if path.is_file() else {}) | self.settings
+        found = {}
+        for name in SPECIAL:
+            value = stored.get(name)
+            if isinstance(value, Mapping):
+                value = value.get("content")
+            if isinstance(value, str):
+                found[name] = value
+        return found
+
+    def _chat_templates(self) -> dict[str, str]:
+        single = self.folder / "chat_template.jinja"
+        if single.is_file():
+            try:
+                return {"default": single.read_text(encoding="utf-8")}
+            except (OSError, UnicodeDecodeError) as bad:
+                raise TokenizerError(f"{single}: cannot be read ({bad})") from None
+        value = self.settings.get("chat_template")
+        if value is None and (self.folder / "chat_template.json").is_file():
+            value = read_json(self.folder / "chat_template.json", TokenizerError).get("chat_template")
+        if isinstance(value, str):
+            return {"default": value}
+        if isinstance(value, list):
+            return {str(each["name"]): str(each["template"]) for each in value if {"name", "template"} <= set(each)}
+        return {}
+
+    @property
+    def chat_template(self) -> str | None:
+        return self.chat_templates.get("default")
+
+    @property
+    def size(self) -> int:
+        """One more than the largest id."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the token that is written `text`, or None."""
+        return self.backend.token_to_id(text)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`, with the tokens that the model wants around it (BOS) unless told otherwise.
+
+        A text that begins with BOS gets no second one.
+        """
+        try:
+            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except (UnicodeEncodeError, TypeError) as bad:
+            raise TokenizerError(f"the text cannot be encoded: {bad}") from None
+        bos = self.special_tokens.get("bos_token")
+        bos_id = self.token_id(bos) if bos else None
+        if add_special_tokens and bos_id is not None:
+            if self.adds_bos and ids[:1] != [bos_id]:
+                return [bos_id, *ids]
+            if ids[:2] == [bos_id, bos_id]:
+                return ids[1:]
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids; bytes that are not UTF-8 come out as U+FFFD."""
+        return str(self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens))
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Mapping[str, str]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = True,
+        **template_args: Any,
+    ) -> list[int] | str:
+        """The conversation as the model was trained to read it -> token ids, or text when `tokenize` is false.
+
+        Arguments are those of transformers. The template writes BOS itself, so none is added. `chat_template` is a
+        template's source or the name of one of the model's.
+        """
+        from npllm.chat_template import render
+
+        text = render(
+            self._template(chat_template, tools),
+            [dict(message) for message in conversation],
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            special_tokens=self.special_tokens,
+            **template_args,
+        )
+        return self.encode(text, add_special_tokens=False) if tokenize else text
+
+    def _template(self, given: str | None, tools: Sequence[Any] | None) -> str:
+        if given is not None:
+            return self.chat_templates.get(given, given)
+        if tools and "tool_use" in self.chat_templates:
+            return self.chat_templates["tool_use"]
+        if self.chat_template is None:
+            raise TokenizerError(f"{self.folder}: this model has no chat template; use generate, or pass chat_template")
+        return self.chat_template
+
+
+def _load(path: Path) -> Any:
+    from tokenizers import Tokenizer as Backend
+
+    if not path.is_file():
+        raise TokenizerError(f"{path}: no such file; text needs a tokenizer, token ids do not")
+    try:
+        backend = Backend.from_file(str(path))
+    except Exception as bad:  # the package raises bare Exception
+        raise TokenizerError(f"{path}: not a tokenizer ({str(bad)[:200]})") from None
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+class TextStream:
+    """The text of tokens that come one by one: each piece is whole, and the pieces joined are the text of all.
+
+    A character of several bytes may be spread over tokens; what may still be the beginning of one is held back.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self.tokenizer, self.skip = tokenizer, skip_special_tokens
+        self.ids: list[int] = []
+        # Decoding starts at `anchor`, one piece back: a decoder may treat its first token unlike the others.
+        self.anchor = self.read = self.given = 0
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes; often a word, sometimes nothing."""
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids[self.anchor :], self.skip)
+        held = len(text) - len(text.rstrip(REPLACEMENT))
+        sure = text[: len(text) - min(held, LONGEST_PARTIAL)]
+        piece = sure[self.given :]
+        self.given = max(self.given, len(sure))
+        if piece and not held:
+            self.anchor, self.read = self.read, len(self.ids)
+            self.given = len(self.tokenizer.decode(self.ids[self.anchor :], self.skip))
+        return piece
+
+    def finish(self) -> str:
+        """What was held back: bytes that no further token will complete."""
+        return self.tokenizer.decode(self.ids[self.anchor :], self.skip)[self.given :]
+
+
+class StopStrings:
+    """Cuts a stream of text at the first stop string, and never lets out a part of one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = stops
+        self.held = ""
+        self.found: str | None = None
+
+    def push(self, piece: str, final: bool = False) -> str:
+        """The text that is safe to give out; after `found` is set, nothing more comes. `final` lets out the rest."""
+        if self.found is not None:
+            return ""
+        text = self.held + piece
+        cuts = [(text.index(stop), stop) for stop in self.stops if stop in text]
+        if cuts:
+            cut, self.found = min(cuts)
+            self.held = ""
+            return text[:cut]
+        keep = 0 if final else max((self._overlap(text, stop) for stop in self.stops), default=0)
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    @staticmethod
+    def _overlap(text: str, stop: str) -> int:
+        """The longest end of `text` that is a beginning of `stop`."""
+        for size in range(min(len(text), len(stop) - 1), 0, -1):
+            if text.endswith(stop[:size]):
+                return size
+        return 0
