@@ -9,9 +9,10 @@ Importing npllm imports NumPy and the standard library, nothing else.
 
 from npllm.backend import Backend, get_backend
 from npllm.errors import NpllmError
-from npllm.generation import Output, Piece
-from npllm.llm import LLM, Score, load
+from npllm.generation import Output, Piece, Stream
+from npllm.llm import LLM, Score
+from npllm.loading import load
 from npllm.sampling import Sampling
 
-__all__ = ["LLM", "Backend", "NpllmError", "Output", "Piece", "Sampling", "Score", "get_backend", "load"]
+__all__ = ["LLM", "Backend", "NpllmError", "Output", "Piece", "Sampling", "Score", "Stream", "get_backend", "load"]
 __version__ = "0.1.0"

@@ -1,8 +1,9 @@
 """class Backend: the hot operations, their canonical bodies, and the registry of faster ones.
 
-`Backend` itself is the NumPy backend and the canon. A faster backend subclasses it, overrides what it can do faster and
-inherits the rest. There are two grains: fine operations (`linear`, `attention`, ...) and coarse ones that a fast backend
-wants whole (`project_heads`, `gated_ffn`, `step`), whose canonical bodies call the fine ones; overriding either works.
+`Backend` itself is the canon, on NumPy. A faster backend subclasses it, overrides what it can do faster and inherits the
+rest; the first is `npllm.numpy_backend`, the canon cut into parts for threads. There are two grains: fine operations
+(`linear`, `attention`, ...) and coarse ones that a fast backend wants whole (`project_heads`, `gated_ffn`, `step`), whose
+canonical bodies call the fine ones; overriding either works.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
-from npllm import blocks
+from npllm import blocks, parallel
 from npllm.arrays import Array, DTypeLike, Namespace
 from npllm.blocks.ffn import Activation
 from npllm.blocks.masks import Mask
@@ -52,8 +53,18 @@ class LN(NamedTuple):
 Norm = RMS | LN
 
 
+def split_heads(x_MF: Array, head_dim: int) -> Array:
+    """x_MF -> x_MHK of heads `head_dim` wide; M = 0 is legal."""
+    return x_MF.reshape(len(x_MF), x_MF.shape[1] // head_dim, head_dim)
+
+
+def merge_heads(o_MHV: Array) -> Array:
+    """o_MHV -> o_MF, the heads side by side; M = 0 is legal."""
+    return o_MHV.reshape(len(o_MHV), o_MHV.shape[1] * o_MHV.shape[2])
+
+
 class Backend:
-    """The canonical NumPy backend, and the base of all others.
+    """The canon, and the base of all backends.
 
     dtype     arithmetic: "float32" (None means this) or "float64"; weights are widened to it when they are prepared.
     strict    an override that declines an operation raises BackendError instead of falling back to the canon.
@@ -71,16 +82,6 @@ class Backend:
         if threads is not None and threads < 1:
             raise BackendError(f"threads = {threads} must be at least 1")
         self.strict, self.threads = strict, threads
-
-    @functools.cached_property
-    def _blas(self) -> Any:
-        from threadpoolctl import ThreadpoolController
-
-        return ThreadpoolController()
-
-    def limited(self) -> contextlib.AbstractContextManager[Any]:
-        """A context in which BLAS keeps to `threads`; kernels of a backend read `threads` themselves."""
-        return contextlib.nullcontext() if self.threads is None else self._blas.limit(limits=self.threads)
 
     # -- arrays and weights -------------------------------------------------------------------------------------------
 
@@ -111,6 +112,10 @@ class Backend:
         itemsize = np.dtype(self.dtype).itemsize
         return sum(tensor.size * itemsize for tensor in spec.values() if tensor.alias is None)
 
+    def limited(self, tokens: int, parameters: int) -> contextlib.AbstractContextManager[None]:
+        """The context that a forward pass over so many tokens runs in: here, BLAS keeps to `threads`."""
+        return parallel.blas_threads(self.threads)
+
     # -- naming intermediates (npllm.trace) ---------------------------------------------------------------------------
 
     def mark(self, name: str, x: Array) -> Array:
@@ -127,13 +132,13 @@ class Backend:
         """Rows of the embedding [N, D] -> x_MD."""
         return w.weight[tokens_M]
 
-    def rms_norm(self, x_MD: Array, w: Linear, /, eps: float) -> Array:
-        """blocks.rms_norm over the last axis."""
-        return blocks.rms_norm(self.xp, x_MD, w.weight, eps)
+    def rms_norm(self, x_D: Array, w: Linear, /, eps: float) -> Array:
+        """blocks.rms_norm over the last axis (any leading axes: q and k have M, H)."""
+        return blocks.rms_norm(self.xp, x_D, w.weight, eps)
 
-    def layer_norm(self, x_MD: Array, w: Linear, /, eps: float) -> Array:
-        """blocks.layer_norm over the last axis."""
-        return blocks.layer_norm(self.xp, x_MD, w.weight, w.bias, eps)
+    def layer_norm(self, x_D: Array, w: Linear, /, eps: float) -> Array:
+        """blocks.layer_norm over the last axis (any leading axes)."""
+        return blocks.layer_norm(self.xp, x_D, w.weight, w.bias, eps)
 
     def linear(self, x_MD: Array, w: Linear, /, residual_MF: Array | None = None) -> Array:
         """`residual + x W^T + b` with W [F, D] -> y_MF; residual and bias may be absent."""
@@ -157,16 +162,23 @@ class Backend:
         self, q_MHK: Array, keys: Keys, rows: Rows, /, *, mask: Mask, scale: float, softcap: float | None = None
     ) -> Array:
         """blocks.softmax_attention of each row's queries over that row's keys -> o_MHV, packed as `q_MHK`."""
-        outputs = []
+        out_MHV = self.xp.empty((*q_MHK.shape[:2], keys.v_BSGV.shape[-1]), dtype=q_MHK.dtype)
+        for piece in self.attention_pieces(q_MHK, keys, rows, out_MHV, mask, scale, softcap):
+            piece()
+        return out_MHV
+
+    def attention_pieces(
+        self, q_MHK: Array, keys: Keys, rows: Rows, out_MHV: Array, mask: Mask, scale: float, softcap: float | None
+    ) -> list[Callable[[], None]]:
+        """The attention of a step, cut into pieces that each write their part of `out_MHV`, in any order."""
+        pieces = []
         for r, (_, start, begin, end) in enumerate(rows):
             k_SGK, v_SGV, first = keys.row(r)
-            outputs.append(
-                blocks.blocked_attention(
-                    self.xp, q_MHK[begin:end], k_SGK, v_SGV,
-                    first_query=start, first_key=first, mask=mask, scale=scale, softcap=softcap,
-                )
+            pieces += blocks.attention_pieces(
+                self.xp, q_MHK[begin:end], k_SGK, v_SGV, out_MHV[begin:end],
+                first_query=start, first_key=first, mask=mask, scale=scale, softcap=softcap,
             )  # fmt: skip
-        return outputs[0] if len(outputs) == 1 else self.xp.concatenate(outputs)
+        return pieces
 
     # -- coarse operations --------------------------------------------------------------------------------------------
 
@@ -183,17 +195,17 @@ class Backend:
     ) -> tuple[Array, Array, Array]:
         """Norm, then the three projections, split into heads -> q_MHK, k_MGK, v_MGK."""
         h_MD = self.mark("attention.input", self.normed(x_MD, norm))
-        q_MHK, k_MGK, v_MGK = (self.linear(h_MD, part).reshape(len(h_MD), -1, head_dim) for part in w)
-        return q_MHK, k_MGK, v_MGK
+        q_MF, k_MF, v_MF = (self.linear(h_MD, part) for part in w)
+        return split_heads(q_MF, head_dim), split_heads(k_MF, head_dim), split_heads(v_MF, head_dim)
 
     def gated_ffn(
         self, x_MD: Array, w: GatedFFN, /, act: Activation, *, norm: Norm | None = None, residual_MD: Array | None = None
     ) -> Array:
         """`residual + down(act(gate h) * up h)` with `h = norm(x)` (SwiGLU, GeGLU: Shazeer 2020, arXiv 2002.05202)."""
         h_MD = self.mark("ffn.input", self.normed(x_MD, norm))
-        gate_MF = act(self.xp, self.mark("ffn.gate", self.linear(h_MD, w.gate_proj)))
-        gate_MF *= self.mark("ffn.up", self.linear(h_MD, w.up_proj))
-        return self.linear(self.mark("ffn.hidden", gate_MF), w.down_proj, residual_MD)
+        hidden_MF = act(self.xp, self.mark("ffn.gate", self.linear(h_MD, w.gate_proj)))
+        hidden_MF *= self.mark("ffn.up", self.linear(h_MD, w.up_proj))
+        return self.linear(self.mark("ffn.hidden", hidden_MF), w.down_proj, residual_MD)
 
     def mlp(
         self, x_MD: Array, w: MLP, /, act: Activation, *, norm: Norm | None = None, residual_MD: Array | None = None
@@ -278,7 +290,7 @@ def get_backend(
             return _load(candidate)(dtype, strict=strict, threads=threads)
         except BackendError as error:
             _log_once(f"backend auto: {error}")
-    return Backend(dtype, strict=strict, threads=threads)
+    return _load("numpy")(dtype, strict=strict, threads=threads)
 
 
 def _registered() -> dict[str, Any]:
@@ -288,7 +300,9 @@ def _registered() -> dict[str, Any]:
 def _load(name: str) -> type[Backend]:
     registered = _registered()
     if name == "numpy":
-        return Backend
+        from npllm.numpy_backend import NumpyBackend
+
+        return NumpyBackend
     if name not in registered:
         raise BackendError(f"backend {name!r} is not installed; installed: {nearest(name, registered)}")
     try:

@@ -12,7 +12,7 @@ A template is a program by a stranger. Two measures keep it in bounds without si
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import chain
@@ -27,11 +27,13 @@ MAX_DEPTH = 200  # containers in containers; hashing a deep tuple would overflow
 MAX_INT_BITS = 1 << 16
 MAX_PATTERN = 1 << 16  # characters given to code that scans text piece by piece in Python
 MAX_PRODUCT = 1 << 28  # character comparisons of a naive search
+MIN_TABLE = 1000  # keys; collisions among fewer do no harm
 MAX_SORTED = 100_000  # items given to a sort, whose keys are made in Python
 
 _MAPPINGS = (dict, MappingProxyType)
 _VIEWS: Any = (type({}.keys()), type({}.values()), type({}.items()))
 _CONTAINERS = (*_MAPPINGS, list, tuple, set, frozenset)
+_HASHED = (dict, set, frozenset)
 _SIZED = (*_CONTAINERS, str, bytes, int)
 _CODECS = {"utf8", "utf16", "utf16le", "utf16be", "utf32", "utf32le", "utf32be", "ascii", "latin1", "iso88591"}
 _PERCENT = re.compile(r"%(?:\([^()]*\))?[-#0 +]*(\*|\d+)?(?:\.(\*|\d+)?)?")
@@ -149,6 +151,8 @@ class Meter:
             weight += ENTRY_WEIGHT + item_weight
             depth = max(depth, item_depth)
             self.room(weight)
+        if isinstance(value, _HASHED):
+            check_hashes(value)
         if depth >= MAX_DEPTH:
             raise OverBudgetError(f"nests containers more than {MAX_DEPTH} deep")
         return weight, depth + 1
@@ -193,18 +197,14 @@ def check_percent(meter: Meter, pattern: str | bytes, values: object) -> None:
     check_pattern(text)
     if re.search(r"%\([^()]*\(", text):
         raise OverBudgetError("nests parentheses in a % format")
-    size, fields, stars = len(text), 0, 0
-    for match in _PERCENT.finditer(text):
-        widths = [group for group in match.groups() if group]
-        fields += 1
-        stars += widths.count("*")
-        size += sum(_number(width) for width in widths if width != "*")
-    if isinstance(values, dict):  # the only kind that a format may use more than once
-        meter.room(size + fields * max(map(meter.weigh, values.values()), default=0))
-    else:
-        given = values if isinstance(values, tuple) else (values,)
-        size += stars * max((abs(value) for value in given if isinstance(value, int)), default=0)
-        meter.room(size + meter.weigh(given))
+    widths = [match.groups() for match in _PERCENT.finditer(text)]
+    given = [width for pair in widths for width in pair if width]
+    size = len(text) + sum(_number(width) for width in given if width != "*")
+    fields = len(widths)
+    if isinstance(values, tuple):
+        size += given.count("*") * max((abs(value) for value in values if isinstance(value, int)), default=0)
+        fields = 1  # each value is used once
+    meter.room(size + fields * meter.weigh(values))
 
 
 def check_spec(meter: Meter, spec: str) -> None:
@@ -215,6 +215,12 @@ def check_spec(meter: Meter, spec: str) -> None:
 
 def _number(digits: str) -> int:
     return int(digits) if len(digits) < 10 else sys.maxsize
+
+
+def check_hashes(keys: Collection[Any]) -> None:
+    """Raise if many keys of a table share their hash, as chosen integers can: each access would try them all."""
+    if len(keys) > MIN_TABLE and 2 * len(set(map(hash, keys))) < len(keys):
+        raise OverBudgetError("builds a table of keys that collide")
 
 
 def check_pattern(text: object) -> None:
@@ -276,6 +282,10 @@ def check_method(meter: Meter, owner: Any, name: str, args: tuple[Any, ...], kwa
             check(meter, owner, *args, **kwargs)
     if isinstance(owner, int) and name == "to_bytes":
         meter.room(max((value for value in (*args, *kwargs.values()) if isinstance(value, int)), default=0))
+    if isinstance(owner, set | frozenset):
+        return tuple(meter.counted(value) for value in args)
+    if owner is dict and name == "fromkeys" and args:
+        return (meter.counted(args[0]), *args[1:])
     return args
 
 
@@ -289,7 +299,7 @@ def _check_expand(meter: Meter, owner: Any, tabsize: Any = 8) -> None:
 
 
 def _check_translate(meter: Meter, owner: Any, table: Any = "", *delete: Any, **kwargs: Any) -> None:
-    values = table.values() if isinstance(table, dict) else table
+    values = table.values() if isinstance(table, Mapping) else table if isinstance(table, list | tuple) else ()
     meter.room(len(owner) * max((len(value) for value in values if isinstance(value, str)), default=1))
 
 

@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
+from types import CodeType
 from typing import Any
 
 import jinja2
@@ -21,6 +22,7 @@ from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import make_attrgetter
+from jinja2.lexer import Token, TokenStream
 from jinja2.parser import Parser
 from jinja2.runtime import Context, Undefined, markup_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEscapeFormatter, SandboxedFormatter
@@ -46,9 +48,11 @@ from npllm.chat_meter import (
     sortable,
 )
 
-MAX_TEMPLATE = 1 << 18  # characters of a template's source; the longest published ones have a tenth of it
+MAX_TEMPLATE = 1 << 17  # characters of a template's source; long ones have a third of it
+MAX_CODE = 1 << 21  # characters of Python that jinja2 makes of it; the interpreter compiles it in one go
 MAX_INDENT = 1 << 10
 MAX_SMALL = 1 << 12  # weight of what filters take that try many ways to match or break a text
+MAX_DATE = 1 << 8
 MAX_WORDS = 10_000
 
 # Names of the guards among the filters: with a space, so that no template can name them in its syntax.
@@ -112,7 +116,11 @@ def _tick_node(near: nodes.Node) -> nodes.Expr:
 
 
 class _Generator(CodeGenerator):
-    """Lets macros, `set` blocks and the like collect their output in a `_Buffer`."""
+    """Lets macros, `set` blocks and the like collect their output in a `_Buffer`, and does not go on for ever."""
+
+    def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
+        current().check()
+        return super().visit(node, *args, **kwargs)
 
     def buffer(self, frame: Frame) -> None:
         frame.buffer = self.temporary_identifier()
@@ -155,6 +163,12 @@ class _Generation(Extension):
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("content"), [], [], body).set_lineno(line)
 
+    def filter_stream(self, stream: TokenStream) -> Iterator[Token]:
+        """The tokens of a template, as they are, for as long as there is time."""
+        for token in stream:
+            current().check()
+            yield token
+
     def content(self, caller: Callable[[], str]) -> str:
         """What stands between the tags."""
         return caller()
@@ -192,6 +206,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
         guarded = _Guards().visit(source).set_environment(self)
         return super()._generate(guarded, *args, **kwargs)
+
+    def _compile(self, source: str, filename: str) -> CodeType:
+        if len(source) > MAX_CODE:
+            raise OverBudgetError(f"becomes more than {MAX_CODE} characters of Python")
+        return super()._compile(source, filename)
 
     def new_buffer(self) -> list[str]:
         """What a macro collects its output in."""
@@ -276,13 +295,13 @@ def _raise_exception(message: Any) -> None:
 
 
 def _strftime_now(format: Any) -> str:
-    if isinstance(format, str) and len(format) > MAX_INDENT:
-        raise OverBudgetError("formats the date with an endless pattern")
+    if isinstance(format, str) and len(format) > MAX_DATE:
+        raise OverBudgetError(f"formats the date with more than {MAX_DATE} characters")
     return datetime.now().strftime(format)
 
 
 def _lipsum(n: int = 5, html: bool = True, min: int = 20, max: int = 100) -> str:
-    if n * max > MAX_WORDS:
+    if _whole(n) * _whole(max) > MAX_WORDS:
         raise OverBudgetError(f"wants more than {MAX_WORDS} words of lorem ipsum")
     return generate_lorem_ipsum(n, html, min, max)
 
@@ -291,17 +310,21 @@ class _TemplateDict:
     """`dict` for templates: makes dicts, and has no attribute that leads elsewhere."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
+        return dict(*_counted_pairs(args), **kwargs)
 
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
+    def fromkeys(self, iterable: Iterable[Any], value: Any = None) -> dict[Any, Any]:
+        return dict.fromkeys(current().counted(iterable), value)
+
+
+def _counted_pairs(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(pairs if isinstance(pairs, Mapping) else current().counted(pairs) for pairs in args)
 
 
 class _TemplateNamespace(Namespace):
     """`namespace` for templates, without attributes that begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # without 'self', which may be among the keywords
-        attributes = dict(*args[1:], **kwargs)
+        attributes = dict(*_counted_pairs(args[1:]), **kwargs)
         for name in attributes:
             _check_attribute(name)
         Namespace.__init__(args[0], attributes)
@@ -409,6 +432,10 @@ def _passed(function: Callable[..., Any], context: Context) -> tuple[Any, ...]:
     return (context.environment,) if kind is PassArg.environment else ()
 
 
+def _whole(value: Any) -> int:
+    return value if isinstance(value, int) else 0
+
+
 # What a filter is given in place of its value, after a look at its arguments.
 
 
@@ -429,7 +456,7 @@ def _sorted_dict(meter: Meter, value: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _batched(meter: Meter, value: Any, linecount: Any, fill_with: Any = None) -> Any:
     if fill_with is not None:
-        meter.room(linecount * (ENTRY_WEIGHT + meter.weigh(fill_with)))
+        meter.room(_whole(linecount) * (ENTRY_WEIGHT + meter.weigh(fill_with)))
     return _items(meter, value)
 
 
@@ -458,7 +485,7 @@ def _centered(meter: Meter, value: Any, width: Any = 80) -> Any:
 
 
 def _indented(meter: Meter, value: Any, width: Any = 4, *args: Any, **kwargs: Any) -> Any:
-    columns = len(width) if isinstance(width, str) else width
+    columns = len(width) if isinstance(width, str) else _whole(width)
     meter.room(len(value) + columns * (1 + len(value.splitlines())))
     return value
 

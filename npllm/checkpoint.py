@@ -7,11 +7,12 @@ in NumPy; here each tensor is a view of the mapped file in its storage format.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from npllm.arrays import Array, DTypeLike
-from npllm.config import read_json
+from npllm.config import printable, read_json, shown
 from npllm.errors import CheckpointError
 
 # Formats by their name in a safetensors header: (npllm's name, NumPy dtype of the stored bytes).
@@ -34,7 +35,12 @@ OTHER_FORMATS = {
 # The limit of the reference implementation.
 LONGEST_HEADER = 100_000_000
 
+# NumPy's arrays have at most 64 axes, a file system's names at most 255 bytes.
+MOST_AXES = 64
+LONGEST_NAME = 200
+
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -67,13 +73,14 @@ class Weight:
 
         Widening bf16 is exact: its bits are the upper half of a float32.
         """
+        stored = self.data
         if self.format == "bf16":
-            wide = np.empty_like(self.data, np.float32)
-            np.left_shift(self.data, 16, out=wide.view(np.uint32), dtype=np.uint32, casting="unsafe")
-            return wide.astype(dtype, copy=False)
-        if self.data.dtype == dtype and self.data.flags.aligned:
-            return self.data
-        return self.data.astype(dtype)
+            stored = np.empty_like(self.data, np.float32)
+            np.left_shift(self.data, 16, out=stored.view(np.uint32), dtype=np.uint32, casting="unsafe")
+        if stored.dtype == dtype and stored.flags.aligned:
+            return stored
+        with np.errstate(over="ignore", invalid="ignore"):  # generation reports what a damaged weight leads to
+            return stored.astype(dtype)
 
     def transposed(self) -> Weight:
         """The same bytes seen as the transposed matrix."""
@@ -91,7 +98,7 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.entries, self.start, size = read_header(path)
-        self.mapping = _map(path) if size else None
+        self.mapping = _map(path, self.start + size) if size else None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -116,10 +123,24 @@ class SafetensorsFile:
         return Weight(name, shape, format, data, str(self.path), self.mapping)
 
 
-def _map(path: Path) -> mmap.mmap:
+def fingerprint(handles: Mapping[str, Weight]) -> str:
+    """32 hexadecimal digits that tell one model's weights from another's.
+
+    A digest of names, shapes, formats and of both ends of each tensor's bytes: it need not read the whole checkpoint.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(handles):
+        weight = handles[name]
+        ends = weight.data.ravel()
+        digest.update(f"{name} {weight.shape} {weight.format}".encode())
+        digest.update(ends[:64].tobytes() + ends[-64:].tobytes())
+    return digest.hexdigest()
+
+
+def _map(path: Path, size: int) -> mmap.mmap:
     try:
         with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as bad:
         raise CheckpointError(f"{path}: cannot be mapped into memory ({bad})") from None
 
@@ -171,23 +192,26 @@ def _is_size(value: Any) -> bool:
 
 def _check_entry(path: Path, name: str, entry: Any, size: int) -> Entry:
     def fail(problem: str) -> CheckpointError:
-        return CheckpointError(f"{path}: tensor {name[:200]}: {problem}")
+        return CheckpointError(f"{path}: tensor {printable(name)}: {problem}")
 
     if not isinstance(entry, dict):
         raise fail("its header entry is not an object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or (dtype not in FORMATS and dtype not in OTHER_FORMATS):
-        raise fail(f"unknown dtype {str(dtype)[:40]!r}")
-    if not isinstance(shape, list) or len(shape) > 32 or not all(map(_is_size, shape)):
-        raise fail(f"shape {str(shape)[:80]} is not a list of sizes")
+        raise fail(f"unknown dtype {shown(dtype)}")
+    if not isinstance(shape, list) or len(shape) > MOST_AXES or not all(map(_is_size, shape)):
+        raise fail(f"shape {shown(shape)} is not a list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise fail(f"data_offsets {str(offsets)[:80]} is not a pair of positions")
+        raise fail(f"data_offsets {shown(offsets)} is not a pair of positions")
     begin, end = offsets
     if not begin <= end <= size:
         raise fail(f"bytes {begin}..{end} lie outside the file's {size} bytes of data (truncated download?)")
     itemsize = np.dtype(FORMATS[dtype][1]).itemsize if dtype in FORMATS else OTHER_FORMATS[dtype]
     if math.prod(shape) * itemsize != end - begin:
-        raise fail(f"shape {shape} of {dtype} needs {math.prod(shape) * itemsize} bytes, its offsets hold {end - begin}")
+        needed = shown(math.prod(shape) * itemsize)
+        raise fail(f"shape {shown(shape)} of {dtype} needs {needed} bytes, its offsets hold {end - begin}")
+    if math.prod(max(1, axis) for axis in shape) * itemsize >= 1 << 63:
+        raise fail(f"shape {shown(shape)} is beyond what an array can have")
     return dtype, tuple(shape), begin, end
 
 
@@ -197,7 +221,7 @@ def _check_layout(path: Path, entries: dict[str, Entry], size: int) -> None:
     for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
         if begin != position:
             what = "overlaps the one before it" if begin < position else f"leaves a hole of {begin - position} bytes"
-            raise CheckpointError(f"{path}: tensor {name[:200]} {what} (bytes {begin}..{end})")
+            raise CheckpointError(f"{path}: tensor {printable(name)} {what} (bytes {begin}..{end})")
         position = end
     if position != size:
         raise CheckpointError(f"{path}: {size - position} bytes after the last tensor belong to nothing")
@@ -212,8 +236,10 @@ class Checkpoint:
         for path, names in find_weights(folder).items():
             file = SafetensorsFile(path)
             for name in file if names is None else names:
+                if not name.isprintable():
+                    raise CheckpointError(f"{path}: a tensor's name holds control characters: {printable(name)}")
                 if name not in file.entries:
-                    raise CheckpointError(f"{path}: the index places tensor {name} here, but the file lacks it")
+                    raise CheckpointError(f"{path}: the index places tensor {printable(name)} here, but the file lacks it")
                 if name in self.files:
                     raise CheckpointError(f"{path}: tensor {name} also stands in {self.files[name].path.name}")
                 self.files[name] = file
@@ -246,13 +272,19 @@ def find_weights(folder: Path) -> dict[Path, list[str] | None]:
     single = folder / "model.safetensors"
     if single.is_file():
         return {single: None}
-    for pickle in PICKLES:
-        if (folder / pickle).exists():
-            raise CheckpointError(
-                f"{folder}: only pickled weights ({pickle}), which can run code when read; "
-                f"turn them into safetensors with: npllm convert {folder} OUT"
-            )
-    raise CheckpointError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there")
+    pickles = [name for name in PICKLES if (folder / name).exists()] or _names(folder, *PICKLE_SUFFIXES)
+    if pickles:
+        raise CheckpointError(
+            f"{folder}: only pickled weights ({pickles[0]}), which can run code when read; "
+            f"turn them into safetensors with: npllm convert {folder} OUT"
+        )
+    others = _names(folder, ".safetensors")
+    hint = f"; {others[0]} alone says nothing about which tensors belong to the model" if others else ""
+    raise CheckpointError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there{hint}")
+
+
+def _names(folder: Path, *suffixes: str) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.suffix in suffixes)
 
 
 def _read_index(index: Path) -> dict[Path, list[str] | None]:
@@ -270,8 +302,10 @@ def _read_index(index: Path) -> dict[Path, list[str] | None]:
 
 def _shard_path(index: Path, shard: str) -> Path:
     parts = PurePosixPath(shard)
-    if parts.is_absolute() or ".." in parts.parts or "\\" in shard or ":" in shard or not shard.endswith(".safetensors"):
-        raise CheckpointError(f"{index}: {shard[:200]!r} is not the name of a safetensors file inside the folder")
+    outside = parts.is_absolute() or ".." in parts.parts or "\\" in shard or ":" in shard
+    if outside or len(shard) > LONGEST_NAME or not shard.isprintable() or not shard.endswith(".safetensors"):
+        shown = printable(shard)
+        raise CheckpointError(f"{index}: {shown!r} is not the name of a safetensors file inside the folder")
     path = index.parent / shard
     if not path.is_file():
         raise CheckpointError(f"{index}: names the shard {shard}, which is missing; download it again")

@@ -12,24 +12,25 @@ import difflib
 import json
 import logging
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+import numpy as np
 
 from npllm.blocks.ffn import ACTIVATIONS
-from npllm.blocks.rope import Rope
+from npllm.blocks.rope import Rope, frequencies
 from npllm.errors import ConfigError
 
 log = logging.getLogger("npllm")
-
-T = TypeVar("T")
 
 # Keys that say nothing about the forward pass, whatever the model.
 IGNORED = frozenset(
     """_name_or_path architectures attn_implementation auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id
     finetuning_task id2label initializer_range is_decoder is_encoder_decoder label2id model_type output_attentions
-    output_hidden_states pad_token_id pretraining_tp problem_type return_dict sep_token_id task_specific_params
+    output_hidden_states pad_token_id pretraining_tp problem_type quantization_config return_dict sep_token_id
+    task_specific_params
     tf_legacy_loss tie_encoder_decoder tokenizer_class torch_dtype torchscript transformers_version use_bfloat16
     use_cache cross_attention_hidden_size add_cross_attention decoder_start_token_id pruned_heads prefix
     attention_dropout mlp_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop""".split()
@@ -38,6 +39,7 @@ IGNORED = frozenset(
 # No published model comes near; a larger number is a damaged or hostile file, and would only loop or overflow.
 MOST_LAYERS = 4096
 MOST_UNITS = 1 << 31
+DEEPEST = 64
 
 
 def read_json(path: Path, error: type[Exception] = ConfigError, *, missing: str = "") -> dict[str, Any]:
@@ -46,13 +48,26 @@ def read_json(path: Path, error: type[Exception] = ConfigError, *, missing: str 
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(f"{path}: no such file{missing}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as bad:
+    except (ValueError, RecursionError) as bad:
         raise error(f"{path}: not valid JSON ({bad})") from None
     except OSError as bad:
         raise error(f"{path}: cannot be read ({bad.strerror})") from None
     if not isinstance(value, dict):
         raise error(f"{path}: must hold a JSON object, not {type(value).__name__}")
+    if _deeper(value, DEEPEST):
+        raise error(f"{path}: nested more than {DEEPEST} levels deep")
     return value
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects are nested more than `levels` deep."""
+    layer = [value]
+    for _ in range(levels):
+        inner = (each.values() if isinstance(each, dict) else each for each in layer)
+        layer = [child for children in inner for child in children if isinstance(child, dict | list)]
+        if not layer:
+            return False
+    return True
 
 
 class Reader:
@@ -65,7 +80,7 @@ class Reader:
         self.values, self.name, self.seen = values, name, set[str]()
 
     def fail(self, key: str, problem: str) -> ConfigError:
-        return ConfigError(f"{self.name}: {key} = {_shorten(self.values.get(key))} {problem}")
+        return ConfigError(f"{self.name}: {key} = {shown(self.values.get(key), _json)} {problem}")
 
     def raw(self, key: str) -> Any:
         self.seen.add(key)
@@ -114,9 +129,11 @@ class Reader:
     def choice(self, key: str, default: str, allowed: Iterable[str]) -> str:
         value = default if self.raw(key) is None else self.values[key]
         names = list(allowed)
+        if not isinstance(value, str):
+            raise self.fail(key, f"must be a string; supported: {', '.join(names)}")
         if value not in names:
-            raise self.fail(key, f"is not supported; supported: {nearest(str(value), names)}")
-        return str(value)
+            raise self.fail(key, f"is not supported; supported: {nearest(value, names)}")
+        return value
 
     def strings(self, key: str) -> list[str] | None:
         value = self.raw(key)
@@ -144,7 +161,7 @@ class Reader:
 
     def finish(self, ignored: Iterable[str] = ()) -> None:
         """Warn once about the keys that nobody read and nobody declared to be without effect."""
-        unread = [key for key in self.unread(ignored) if not key.startswith("_")]
+        unread = [printable(key) for key in self.unread(ignored) if not key.startswith("_")]
         if unread:
             log.warning("%s: these keys are unknown to npllm and have no effect: %s", self.name, ", ".join(unread))
 
@@ -152,13 +169,27 @@ class Reader:
 def nearest(word: str, names: Iterable[str]) -> str:
     """All `names`, those most like `word` first, as text for an error."""
     names = list(names)
-    close = difflib.get_close_matches(word, names, n=len(names) or 1, cutoff=0.5)
+    close = difflib.get_close_matches(word[:100].lower(), names, n=len(names) or 1, cutoff=0.5)
     return ", ".join(close + sorted(set(names) - set(close)))
 
 
-def _shorten(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+def printable(text: str, most: int = 200) -> str:
+    """`text` on one line, without what would steer a terminal, cut to `most` characters."""
+    text = text if len(text) <= most else text[: most - 3] + "..."
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def shown(value: Any, write: Callable[[Any], str] = repr) -> str:
+    """`value` as an error may show it: on one line, and short."""
+    try:
+        text = write(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; a caller's own deep nesting
+        text = f"<{type(value).__name__}>"
+    return printable(text, 80)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, default=str)
 
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
@@ -172,10 +203,24 @@ def read_rope(reader: Reader, dim: int, *, theta: float, positions: int) -> Rope
     theta = reader.real("rope_theta", theta)
     scaling = reader.section("rope_scaling")
     parameters = reader.section("rope_parameters") or scaling
+    reader.only("partial_rotary_factor", 1.0)
     if parameters is None:
-        return Rope(dim=dim, theta=theta)
+        return _usable(Rope(dim=dim, theta=theta), reader)
     rope = _read_rope_section(parameters, dim, theta, positions, reader)
     parameters.finish({"type"})
+    return _usable(rope, parameters)
+
+
+def _usable(rope: Rope, reader: Reader) -> Rope:
+    """`rope`, if its frequencies and attention factor are positive numbers in float32; else ConfigError."""
+    try:
+        with np.errstate(all="ignore"):
+            inverse_J, factor = frequencies(replace(rope, dim=min(rope.dim, 64)))
+        usable = bool(np.isfinite(inverse_J).all() and (inverse_J > 0).all()) and 0 < factor < math.inf
+    except ArithmeticError:
+        usable = False
+    if not usable:
+        raise ConfigError(f"{reader.name}: rope_theta = {rope.theta} with these RoPE parameters gives no usable frequencies")
     return rope
 
 
@@ -183,6 +228,7 @@ def _read_rope_section(section: Reader, dim: int, theta: float, positions: int, 
     key = "rope_type" if section.values.get("rope_type") is not None else "type"
     kind = section.choice(key, "default", ROPE_KINDS)
     theta = section.real("rope_theta", theta)
+    section.only("partial_rotary_factor", 1.0)
     if kind == "default":
         section.seen |= set(section.values)
         return Rope(dim=dim, theta=theta)
@@ -230,11 +276,13 @@ class DecoderConfig:
 def read_decoder(reader: Reader, defaults: dict[str, Any]) -> dict[str, Any]:
     """The fields of `DecoderConfig` from a config.json, with a model's class `defaults`.
 
-    A default of None for `head_dim` means hidden_size / num_attention_heads, for `num_key_value_heads` all heads.
+    A default of None for `head_dim` means hidden_size / num_attention_heads, for `num_key_value_heads` all heads, as does
+    null in the file.
     """
     hidden = reader.integer("hidden_size", defaults["hidden_size"])
     heads = reader.integer("num_attention_heads", defaults["num_attention_heads"])
-    kv_heads = reader.optional_integer("num_key_value_heads") or defaults["num_key_value_heads"] or heads
+    said_null = "num_key_value_heads" in reader.values
+    kv_heads = reader.integer("num_key_value_heads", heads if said_null else defaults["num_key_value_heads"] or heads)
     head_dim = reader.optional_integer("head_dim") or defaults["head_dim"]
     if head_dim is None:
         head_dim = divide(reader, "hidden_size", hidden, "num_attention_heads", heads)

@@ -6,17 +6,18 @@ A row first brings its prompt, in pieces, then one token per step. Finished rows
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
 
 from npllm.arrays import Array
 from npllm.backend import Backend
 from npllm.cache import Cache, Rows
+from npllm.config import shown
 from npllm.errors import ArgumentError, ContextError
-from npllm.sampling import Alternative, Sampler, Sampling, alternatives, check_finite, log_softmax
+from npllm.sampling import Alternative, Sampler, Sampling, alternatives, log_softmax, whole
 from npllm.tokenizer import StopStrings, TextStream, Tokenizer
 
 if TYPE_CHECKING:
@@ -47,6 +48,35 @@ class Limits:
     stop_ids: frozenset[int] = frozenset()
     stops: tuple[str, ...] = ()
     logprobs: int | None = None
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of `generate`, `stream` and `chat`; None, or nothing, leaves the model's default.
+
+    max_tokens      length of the answer; default: max_new_tokens of generation_config.json, else 256.
+    temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias, seed
+                    as in npllm.sampling.Sampling; default: generation_config.json where it samples, else greedy. top_k,
+                    top_p or min_p without a temperature mean temperature 1.
+    logprobs        k >= 0: log-probabilities of the tokens, each with its k likeliest alternatives.
+    stop            a string, or strings, that end the answer; they are no part of it.
+    stop_ids        token ids that end it, besides those of generation_config.json (or config.json's eos_token_id).
+    ignore_eos      not even those end it.
+    """
+
+    max_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    seed: int | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    logprobs: int | None
+    stop: str | Sequence[str] | None
+    stop_ids: Sequence[int] | None
+    ignore_eos: bool | None
 
 
 class TokenLogprob(NamedTuple):
@@ -127,6 +157,10 @@ class Row:
     def __post_init__(self) -> None:
         self.stops = StopStrings(self.limits.stops)
 
+    @property
+    def usage(self) -> Usage:
+        return Usage(len(self.prompt), len(self.tokens), self.cached)
+
     def accept(self, token: int, logits_N: Array) -> Piece:
         """Take the token just drawn; -> its piece of text, with the reason if the row ends here."""
         self.tokens.append(token)
@@ -189,7 +223,7 @@ class Batch:
         self.model, self.backend, self.cache = model, backend, cache
         self.clock = Clock()
 
-    def run(self, rows: Sequence[Row], copies: int = 1) -> Iterator[tuple[int, Piece]]:
+    def run(self, rows: Sequence[Row], copies: int = 1) -> Generator[tuple[int, Piece], None, None]:
         """Advance until all rows have ended -> (index of the row, piece), as they come.
 
         `rows` holds `copies` consecutive rows per prompt; the first of them has its slot and its pending tokens.
@@ -243,7 +277,6 @@ class Batch:
         kept: list[Array] = []
 
         def sample(logits_WN: Array) -> Array:
-            check_finite(logits_WN)
             kept.append(logits_WN)
             drawn = [row.sampler.draw(logits_N) for row, logits_N in zip(drawing, logits_WN, strict=True)]
             return np.array(drawn, dtype=np.int64)
@@ -266,6 +299,40 @@ class Batch:
             self.clock.seconds += seconds
 
 
+class Stream(Iterator[Piece]):
+    """The pieces of one answer as they come; `usage`, `timings` and `finish_reason` tell of what has come so far.
+
+    Closing it early, or leaving its `with` block, ends the run and settles the prompt cache that it uses.
+    """
+
+    def __init__(self, rows: Sequence[Row], pieces: Generator[tuple[int, Piece], None, None], clock: Clock) -> None:
+        (self._row,), self._pieces, self._clock = rows, pieces, clock
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)[1]
+
+    def close(self) -> None:
+        self._pieces.close()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def usage(self) -> Usage:
+        return self._row.usage
+
+    @property
+    def timings(self) -> Timings:
+        return self._clock.timings()
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self._row.finish_reason
+
+
 def collect(rows: Sequence[Row], pieces: Iterator[tuple[int, Piece]], clock: Clock) -> list[Output]:
     """Run the batch to its end and put each row's pieces together."""
     texts: list[list[str]] = [[] for _ in rows]
@@ -280,7 +347,7 @@ def collect(rows: Sequence[Row], pieces: Iterator[tuple[int, Piece]], clock: Clo
             text="".join(texts[i]),
             tokens=row.tokens,
             finish_reason=row.finish_reason or "length",
-            usage=Usage(len(row.prompt), len(row.tokens), row.cached),
+            usage=row.usage,
             timings=timings,
             stop=row.stop,
             logprobs=None if row.limits.logprobs is None else logprobs[i],
@@ -289,9 +356,15 @@ def collect(rows: Sequence[Row], pieces: Iterator[tuple[int, Piece]], clock: Clo
     ]
 
 
-def check_prompt(ids: Any, vocabulary: int, max_context: int) -> list[int]:
-    """A prompt's token ids, or ContextError / ArgumentError: empty, too long, not integers, beyond the vocabulary."""
-    array = np.asarray(ids)
+def check_prompt(ids: Any, vocabulary: int, max_context: int, room: int = 1) -> list[int]:
+    """A prompt's token ids, or ContextError / ArgumentError: empty, too long, not integers, beyond the vocabulary.
+
+    `room` tokens of the context must be left for an answer.
+    """
+    try:
+        array = np.asarray(ids)
+    except ValueError:  # nested lists of different lengths
+        raise ArgumentError("token ids must be a one-dimensional sequence of integers") from None
     if array.size == 0:
         raise ContextError("the prompt is empty")
     if array.ndim != 1 or array.dtype.kind not in "iu":
@@ -299,9 +372,25 @@ def check_prompt(ids: Any, vocabulary: int, max_context: int) -> list[int]:
     if array.min() < 0 or array.max() >= vocabulary:
         bad = array[(array < 0) | (array >= vocabulary)][0]
         raise ArgumentError(f"token id {bad} lies outside the vocabulary of {vocabulary}")
-    if len(array) >= max_context:
-        raise ContextError(f"the prompt has {len(array)} tokens; the context of {max_context} leaves no room for an answer")
+    if len(array) + room > max_context:
+        without = " leaves no room for an answer" if room else " is shorter"
+        raise ContextError(f"the prompt has {len(array)} tokens; the context of {max_context}{without}")
     return [int(token) for token in array]
+
+
+def stop_strings(stop: Any) -> tuple[str, ...]:
+    """The `stop` argument: None, a string or strings; ArgumentError if anything else or empty."""
+    stops = (stop,) if isinstance(stop, str) else () if stop is None else stop
+    if not isinstance(stops, Collection) or not all(isinstance(each, str) and each for each in stops):
+        raise ArgumentError(f"stop = {shown(stop)} must be a string or strings, none of them empty")
+    return tuple(stops)
+
+
+def stop_tokens(stop_ids: Any, vocabulary: int) -> frozenset[int]:
+    """The `stop_ids` argument: None or token ids of the vocabulary; else ArgumentError."""
+    if isinstance(stop_ids, str) or not isinstance(stop_ids, Collection | None):
+        raise ArgumentError(f"stop_ids = {shown(stop_ids)} must be a list of token ids")
+    return frozenset(whole("stop_ids: token id", token, 0, vocabulary - 1) for token in stop_ids or ())
 
 
 def new_rows(

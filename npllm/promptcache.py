@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -12,24 +13,33 @@ import numpy as np
 
 from npllm.cache import Cache
 from npllm.checkpoint import SafetensorsFile
-from npllm.errors import CheckpointError
+from npllm.config import printable
+from npllm.errors import ArgumentError, CheckpointError
 
 FORMAT = "npllm-prompt-cache-1"
+
+# How a kv_dtype is spelled in the file; bfloat16 lies there as bits.
+STORED = {"float32": "F32", "float64": "F64", "bfloat16": "U16"}
 
 
 class PromptCache:
     """One row of a `Cache`, and the tokens it holds. Made by `LLM.prompt_cache()`; serves one call at a time.
 
-    model    the name of the model it belongs to; a saved cache is refused by another model.
+    model    the fingerprint or name of the model it belongs to; a saved cache is refused by another model.
     """
 
     def __init__(self, cache: Cache, model: str) -> None:
         self.cache, self.model = cache, model
         self.slot = cache.add()
         self.tokens: list[int] = []
+        self.runs = 0
 
     def rewind(self, prompt: Sequence[int]) -> int:
-        """Cut back to what `prompt` shares, but for its last token, whose logits are wanted -> tokens kept."""
+        """Cut back to what `prompt` shares, but for its last token, whose logits are wanted -> tokens kept.
+
+        A run begins here; one before it that has not ended may no longer touch the cache (see `guard`).
+        """
+        self.runs += 1
         shared = 0
         for mine, wanted in zip(self.tokens, prompt[:-1], strict=False):
             if mine != wanted:
@@ -39,9 +49,15 @@ class PromptCache:
         self.tokens = self.tokens[:shared]
         return shared
 
-    def settle(self, tokens: Sequence[int]) -> None:
-        """After a run over `tokens`: keep those that reached the cache."""
-        self.tokens = list(tokens[: self.cache.lengths[self.slot]])
+    def guard(self, run: int) -> None:
+        """ArgumentError if another run has begun since `run` did."""
+        if run != self.runs:
+            raise ArgumentError("this stream cannot go on: its cache was given to a later call")
+
+    def settle(self, run: int, tokens: Sequence[int]) -> None:
+        """After a run over `tokens`: keep those that reached the cache; nothing if a later run has begun."""
+        if run == self.runs:
+            self.tokens = list(tokens[: self.cache.lengths[self.slot]])
 
     def _about(self) -> dict[str, str]:
         shapes = [list(spec) for spec in self.cache.specs]
@@ -51,31 +67,57 @@ class PromptCache:
         """Write tokens, keys and values as safetensors; the file appears whole or not at all."""
         from safetensors.numpy import save
 
-        path = Path(path)
-        tensors = {name: np.ascontiguousarray(array) for name, array in self.cache.contents(self.slot).items()}
+        length = len(self.tokens)
+        contents = self.cache.contents(self.slot)
+        tensors = {name: np.ascontiguousarray(array[:, :length]) for name, array in contents.items()}
         tensors["tokens"] = np.array(self.tokens, dtype=np.int64)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            try:
-                file.write(save(tensors, metadata=self._about()))
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        try:
+            _write_whole(Path(path), save(tensors, metadata=self._about()))
+        except OSError as bad:
+            raise CheckpointError(f"{path}: cannot be written ({bad.strerror})") from None
 
     def load(self, path: str | Path) -> None:
         """Take the place of what was saved; CheckpointError if it is not a cache of this model and kv_dtype."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         path = Path(path)
-        SafetensorsFile(path)  # bounds-checked, with npllm's errors
-        with safe_open(path, framework="numpy") as file:
-            about = file.metadata() or {}
-            if about != self._about():
-                differs = [key for key, value in self._about().items() if about.get(key) != value]
-                raise CheckpointError(f"{path}: not a prompt cache of this model: {', '.join(differs)} differ")
-            contents = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        tokens = [int(token) for token in contents.pop("tokens")]
+        file = SafetensorsFile(path)  # bounds-checked, with npllm's errors
+        try:
+            with safe_open(path, framework="numpy") as opened:
+                self._check(path, opened.metadata() or {}, file)
+                contents = {name: opened.get_tensor(name) for name in file}
+        except SafetensorError as bad:
+            raise CheckpointError(f"{path}: not a prompt cache ({printable(str(bad))})") from None
+        tokens = contents.pop("tokens").tolist()
+        self.runs += 1
+        self.tokens = []
         self.cache.truncate(self.slot, 0)
         self.cache.restore(self.slot, contents, len(tokens))
         self.tokens = tokens
+
+    def _check(self, path: Path, about: dict[str, str], file: SafetensorsFile) -> None:
+        differs = [key for key, value in self._about().items() if about.get(key) != value]
+        if differs:
+            raise CheckpointError(f"{path}: not a prompt cache of this model: {', '.join(differs)} differ")
+        length = math.prod(file.shape("tokens")) if "tokens" in file.entries else 0
+        if length > self.cache.max_context:
+            raise CheckpointError(f"{path}: holds {length} tokens, the context is {self.cache.max_context}")
+        wanted: dict[str, tuple[str, tuple[int, ...]]] = {"tokens": ("I64", (length,))}
+        for i, spec in enumerate(self.cache.specs):
+            wanted[f"layers.{i}.k"] = STORED[self.cache.kv_dtype], (spec.heads, length, spec.key_dim)
+            wanted[f"layers.{i}.v"] = STORED[self.cache.kv_dtype], (spec.heads, length, spec.value_dim)
+        found = {name: (file.format(name), file.shape(name)) for name in file}
+        wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        if wrong:
+            raise CheckpointError(f"{path}: damaged prompt cache: {printable(wrong[0])} is missing, unexpected or misshaped")
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        try:
+            file.write(content)
+            file.close()
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise

@@ -14,10 +14,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npllm.arrays import Array
+from npllm.config import shown
 from npllm.errors import ArgumentError, NumericsError
 
 # Candidates that top-p looks at before it sorts the whole vocabulary.
 LIKELY = 1024
+
+# Far beyond any logit, and far from an overflow.
+LARGEST_BIAS = 1e30
 
 
 class Alternative(NamedTuple):
@@ -60,12 +64,14 @@ class Sampling:
         _between("repetition_penalty", self.repetition_penalty, 0, 100, open_below=True)
         _between("presence_penalty", self.presence_penalty, -2, 2)
         _between("frequency_penalty", self.frequency_penalty, -2, 2)
-        _whole("top_k", self.top_k, 0)
-        _whole("seed", self.seed, 0)
+        whole("top_k", self.top_k, 0)
+        whole("seed", self.seed, 0)
+        if not isinstance(self.logit_bias, Mapping):
+            raise ArgumentError(f"logit_bias = {shown(self.logit_bias)} must map token ids to numbers")
         for token, bias in self.logit_bias.items():
-            _whole("logit_bias: token id", token, 0)
-            if not _is_number(bias) or math.isnan(bias) or bias == math.inf:
-                raise ArgumentError(f"logit_bias: {bias!r} for token {token} must be a finite number or -inf")
+            whole("logit_bias: token id", token, 0)
+            if not _is_number(bias) or not (bias == -math.inf or abs(bias) <= LARGEST_BIAS):
+                raise ArgumentError(f"logit_bias: {shown(bias)} for token {token} must be a finite number or -inf")
 
 
 def _is_number(value: Any) -> bool:
@@ -75,12 +81,16 @@ def _is_number(value: Any) -> bool:
 def _between(name: str, value: Any, low: float, high: float, *, open_below: bool = False) -> None:
     if not _is_number(value) or not (low < value if open_below else low <= value) or not value <= high:
         opening = "(" if open_below else "["
-        raise ArgumentError(f"{name} = {value!r} must be a number in {opening}{low}, {high}]")
+        raise ArgumentError(f"{name} = {shown(value)} must be a number in {opening}{low}, {high}]")
 
 
-def _whole(name: str, value: Any, least: int) -> None:
+def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """`value`, a whole number in [least, most]; anything else is an ArgumentError that names the argument."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ArgumentError(f"{name} = {value!r} must be a whole number of at least {least}")
+        raise ArgumentError(f"{name} = {shown(value)} must be a whole number of at least {least}")
+    if most is not None and value > most:
+        raise ArgumentError(f"{name} = {shown(value)} must be at most {most}")
+    return int(value)
 
 
 class Sampler:
@@ -109,6 +119,10 @@ class Sampler:
         if not penalised and not s.logit_bias:
             return logits_N
         logits_N = logits_N.astype(np.float64)
+        for token, bias in s.logit_bias.items():
+            logits_N[token] += bias
+        if s.logit_bias and logits_N.max() == -math.inf:
+            raise ArgumentError("logit_bias bans every token")
         if s.repetition_penalty != 1.0:
             seen = np.fromiter(self.seen, np.int64)
             values = logits_N[seen]
@@ -117,8 +131,6 @@ class Sampler:
             said = np.fromiter(self.counts, np.int64)
             times = np.fromiter(self.counts.values(), np.float64)
             logits_N[said] -= s.presence_penalty + s.frequency_penalty * times
-        for token, bias in s.logit_bias.items():
-            logits_N[token] += bias
         return logits_N
 
     def _choose(self, logits_N: Array) -> int:
@@ -126,7 +138,10 @@ class Sampler:
         if s.temperature == 0.0:
             return int(np.argmax(logits_N))
         tokens = np.arange(len(logits_N))
-        logits = logits_N.astype(np.float64) / s.temperature
+        logits = logits_N.astype(np.float64)
+        logits -= logits.max()
+        with np.errstate(over="ignore"):  # a temperature next to zero sends all but the likeliest to -inf
+            logits /= s.temperature
         if 0 < s.top_k < len(logits):
             tokens = most_likely(logits, s.top_k)
             logits = logits[tokens]

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from npllm.config import read_json
+from npllm.config import printable, read_json, shown
 from npllm.errors import TokenizerError
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 # What a decoder prints for bytes that are not (or not yet) UTF-8.
 REPLACEMENT = "\ufffd"
+
+# Characters that the bytes of an unfinished character may show as; a run of byte tokens (Llama 2) may show as one per byte
+# and still become text, so shorter waits hold back all of them.
 LONGEST_PARTIAL = 3
+LONGEST_WAIT = 64
+
+# Tokens that decoding goes back by after such a wait: more than enough for UTF-8 to fall into step.
+OVERLAP = 16
 
 
 class Tokenizer:
@@ -29,7 +37,6 @@ class Tokenizer:
         self.settings = read_json(path, TokenizerError) if path.is_file() else {}
         self.special_tokens = self._special_tokens()
         self.chat_templates = self._chat_templates()
-        self.adds_bos = self.settings.get("add_bos_token") is True
 
     def _special_tokens(self) -> dict[str, str]:
         path = self.folder / "special_tokens_map.json"
@@ -55,9 +62,14 @@ class Tokenizer:
             value = read_json(self.folder / "chat_template.json", TokenizerError).get("chat_template")
         if isinstance(value, str):
             return {"default": value}
-        if isinstance(value, list):
-            return {str(each["name"]): str(each["template"]) for each in value if {"name", "template"} <= set(each)}
-        return {}
+        if value is None:
+            return {}
+        named = value if isinstance(value, list) else []
+        if not named or not all(isinstance(each, dict) and {"name", "template"} <= each.keys() for each in named):
+            raise TokenizerError(
+                f"{self.folder}: chat_template = {shown(value)} is neither a string nor a list of named templates"
+            )
+        return {str(each["name"]): str(each["template"]) for each in named}
 
     @property
     def chat_template(self) -> str | None:
@@ -70,29 +82,37 @@ class Tokenizer:
 
     def token_id(self, text: str) -> int | None:
         """The id of the token that is written `text`, or None."""
-        return self.backend.token_to_id(text)
+        with _translated("the text cannot be encoded"):
+            found: int | None = self.backend.token_to_id(text)
+        return found
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, with the tokens that the model wants around it (BOS) unless told otherwise.
+        """Token ids of `text`, with the tokens that the model wants around it (BOS, EOS) unless told otherwise.
 
-        A text that begins with BOS gets no second one.
+        As in transformers 5, `add_bos_token` and `add_eos_token` of tokenizer_config.json, where they stand, outrank what
+        tokenizer.json says. Unlike there, a text that begins with BOS gets no second one.
         """
-        try:
-            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except (UnicodeEncodeError, TypeError) as bad:
-            raise TokenizerError(f"the text cannot be encoded: {bad}") from None
-        bos = self.special_tokens.get("bos_token")
-        bos_id = self.token_id(bos) if bos else None
-        if add_special_tokens and bos_id is not None:
-            if self.adds_bos and ids[:1] != [bos_id]:
-                return [bos_id, *ids]
-            if ids[:2] == [bos_id, bos_id]:
-                return ids[1:]
-        return ids
+        flags = [self.settings.get(key) for key in ("add_bos_token", "add_eos_token")]
+        told = any(isinstance(flag, bool) for flag in flags)
+        with _translated("the text cannot be encoded"):
+            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens and not told).ids
+        if not add_special_tokens:
+            return ids
+        bos, eos = self._special_id("bos_token"), self._special_id("eos_token")
+        if flags[0] is True and bos is not None:
+            ids = [bos, *ids]
+        if flags[1] is True and eos is not None:
+            ids = [*ids, eos]
+        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+    def _special_id(self, name: str) -> int | None:
+        text = self.special_tokens.get(name)
+        return None if text is None else self.token_id(text)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids; bytes that are not UTF-8 come out as U+FFFD."""
-        return str(self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens))
+        """The text of token ids; bytes that are not UTF-8 come out as U+FFFD, ids that stand for no token as nothing."""
+        with _translated("the token ids cannot be decoded"):
+            return str(self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens))
 
     def apply_chat_template(
         self,
@@ -114,7 +134,7 @@ class Tokenizer:
 
         text = render(
             self._template(chat_template, tools),
-            [dict(message) for message in conversation],
+            conversation,
             tools=tools,
             documents=documents,
             add_generation_prompt=add_generation_prompt,
@@ -139,13 +159,25 @@ def _load(path: Path) -> Any:
 
     if not path.is_file():
         raise TokenizerError(f"{path}: no such file; text needs a tokenizer, token ids do not")
-    try:
+    with _translated(f"{path}: not a tokenizer"):
         backend = Backend.from_file(str(path))
-    except Exception as bad:  # the package raises bare Exception
-        raise TokenizerError(f"{path}: not a tokenizer ({str(bad)[:200]})") from None
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+@contextlib.contextmanager
+def _translated(problem: str) -> Iterator[None]:
+    """What goes wrong in the tokenizers package as TokenizerError.
+
+    It raises bare Exceptions, and a panic of its Rust code arrives as a BaseException that has no public name.
+    """
+    try:
+        yield
+    except BaseException as bad:
+        if not isinstance(bad, Exception) and type(bad).__name__ != "PanicException":
+            raise
+        raise TokenizerError(f"{problem} ({printable(str(bad))})") from None
 
 
 class TextStream:
@@ -165,13 +197,21 @@ class TextStream:
         self.ids.append(token)
         text = self.tokenizer.decode(self.ids[self.anchor :], self.skip)
         held = len(text) - len(text.rstrip(REPLACEMENT))
-        sure = text[: len(text) - min(held, LONGEST_PARTIAL)]
+        waited = held > 0 and len(self.ids) - self.read > LONGEST_WAIT
+        if waited:
+            held = min(held, LONGEST_PARTIAL)
+        sure = text[: len(text) - held]
         piece = sure[self.given :]
         self.given = max(self.given, len(sure))
         if piece and not held:
-            self.anchor, self.read = self.read, len(self.ids)
-            self.given = len(self.tokenizer.decode(self.ids[self.anchor :], self.skip))
+            self._move_on(self.read, len(self.ids), held)
+        elif waited:
+            self._move_on(len(self.ids) - OVERLAP, len(self.ids) - OVERLAP, held)
         return piece
+
+    def _move_on(self, anchor: int, read: int, held: int) -> None:
+        self.anchor, self.read = anchor, read
+        self.given = len(self.tokenizer.decode(self.ids[anchor:], self.skip)) - held
 
     def finish(self) -> str:
         """What was held back: bytes that no further token will complete."""
@@ -191,11 +231,12 @@ class StopStrings:
         if self.found is not None:
             return ""
         text = self.held + piece
-        cuts = [(text.index(stop), stop) for stop in self.stops if stop in text]
-        if cuts:
-            cut, self.found = min(cuts)
+        # The stop that is complete first wins, however the text was cut into pieces; of two, the longer.
+        ends = [(text.index(stop) + len(stop), -len(stop), stop) for stop in self.stops if stop in text]
+        if ends:
+            end, length, self.found = min(ends)
             self.held = ""
-            return text[:cut]
+            return text[: end + length]
         keep = 0 if final else max((self._overlap(text, stop) for stop in self.stops), default=0)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -157,7 +157,7 @@ PREFIXES = ("language_model.model.", "model.language_model.", "language_model.",
 
 # Towers of multimodal wrappers, which the text model does without.
 TOWERS = re.compile(r"(model\.)?(vision_tower|vision_model|multi_modal_projector|audio_tower|embed_vision|embed_audio)\.")
-BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq$")
+BUFFERS = re.compile(r"(.*\.)?rotary_emb\.inv_freq$")
 
 
 def own_name(name: str) -> str:

@@ -4,7 +4,7 @@ Every function computes in the dtype of its input (float32 or float64; float16 i
 the input's dtype. Array names follow the letters of `npllm.arrays`.
 """
 
-from npllm.blocks.attention import blocked_attention, softmax_attention
+from npllm.blocks.attention import attention_pieces, blocked_attention, softmax_attention
 from npllm.blocks.ffn import ACTIVATIONS, gelu_tanh, silu
 from npllm.blocks.masks import CAUSAL, Mask, chunked, sliding
 from npllm.blocks.norms import layer_norm, rms_norm
@@ -17,6 +17,7 @@ __all__ = [
     "Mask",
     "Rope",
     "angles",
+    "attention_pieces",
     "blocked_attention",
     "chunked",
     "frequencies",

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 from npllm.arrays import Array, Namespace
 from npllm.blocks.masks import Mask
 
-# Queries per block of `blocked_attention`: scores of one block stay in the cache, and half of a causal square is skipped.
-QUERY_BLOCK = 128
+# `blocked_attention` takes this many queries at a time, and heads until it has this many scores: they stay in the cache,
+# and half of a causal square is skipped.
+QUERY_BLOCK = 64
+SCORES = 1 << 18
 
 
-def softmax(xp: Namespace, scores_TS: Array) -> Array:
-    """Softmax over the last axis, in place, minus the row's maximum; a row that is -inf throughout gives zeros."""
-    top = xp.max(scores_TS, axis=-1, keepdims=True, initial=-math.inf)
-    scores_TS -= xp.where(top == -math.inf, scores_TS.dtype.type(0), top)
-    xp.exp(scores_TS, out=scores_TS)
-    total = xp.sum(scores_TS, axis=-1, keepdims=True)
-    scores_TS /= xp.where(total == 0, scores_TS.dtype.type(1), total)
-    return scores_TS
+def softmax(xp: Namespace, scores_S: Array) -> Array:
+    """Softmax over the last axis (any leading axes), in place, less the row's maximum; a row of nothing but -inf gives 0."""
+    # CuPy's max has no `initial`, so rows without keys leave here.
+    if not scores_S.shape[-1]:
+        return scores_S
+    top = xp.max(scores_S, axis=-1, keepdims=True)
+    scores_S -= xp.where(top == -math.inf, scores_S.dtype.type(0), top)
+    xp.exp(scores_S, out=scores_S)
+    total = xp.sum(scores_S, axis=-1, keepdims=True)
+    scores_S /= xp.where(total == 0, scores_S.dtype.type(1), total)
+    return scores_S
 
 
 def softmax_attention(
@@ -42,16 +50,17 @@ def softmax_attention(
     scores_GRTS = q_GRTK @ k_SGK.transpose(1, 2, 0)[:, None]
     if softcap is not None:
         scores_GRTS = softcap * xp.tanh(scores_GRTS / softcap)
-    scores_GRTS = xp.where(allowed_TS, scores_GRTS, scores_GRTS.dtype.type(-math.inf))
+    xp.copyto(scores_GRTS, scores_GRTS.dtype.type(-math.inf), where=~allowed_TS)
     o_GRTV = softmax(xp, scores_GRTS) @ v_SGV.transpose(1, 0, 2)[:, None]
     return o_GRTV.transpose(2, 0, 1, 3).reshape(T, H, V)
 
 
-def blocked_attention(
+def attention_pieces(
     xp: Namespace,
     q_THK: Array,
     k_SGK: Array,
     v_SGV: Array,
+    out_THV: Array,
     *,
     first_query: int,
     first_key: int,
@@ -59,25 +68,40 @@ def blocked_attention(
     scale: float,
     softcap: float | None = None,
     block: int = QUERY_BLOCK,
-) -> Array:
-    """The equal of `softmax_attention` for consecutive positions: memory O(block * S), and unreachable keys unread.
+) -> list[Callable[[], None]]:
+    """`softmax_attention` for consecutive positions, cut into pieces that each write their part of `out_THV`.
 
     Query t stands at position `first_query + t`, key s at `first_key + s`. A row of a softmax depends on its own scores
-    only, so cutting the queries into blocks changes no sum.
+    only, so cutting queries and heads apart changes no sum; pieces may run in any order. Keys that a piece's queries
+    cannot reach are not read.
     """
-    T, S = q_THK.shape[0], k_SGK.shape[0]
-    parts = []
+    (T, H, _), (S, G, _) = q_THK.shape, v_SGV.shape
+    pieces: list[Callable[[], None]] = []
     for start in range(0, T, block):
         stop = min(start + block, T)
         low, high = mask.reach(first_query + start, first_query + stop - 1)
-        near, far = max(0, low - first_key), max(0, min(S, high - first_key))
-        allowed_TS = mask.allowed(
-            xp,
-            xp.arange(first_query + start, first_query + stop, dtype="int64"),
-            xp.arange(first_key + near, first_key + max(near, far), dtype="int64"),
-        )
-        keys, values = k_SGK[near : max(near, far)], v_SGV[near : max(near, far)]
-        parts.append(softmax_attention(xp, q_THK[start:stop], keys, values, allowed_TS, scale=scale, softcap=softcap))
-    if not parts:
-        return xp.zeros((0, q_THK.shape[1], v_SGV.shape[2]), dtype=q_THK.dtype)
-    return parts[0] if len(parts) == 1 else xp.concatenate(parts)
+        near = max(0, low - first_key)
+        far = max(near, min(S, high - first_key))
+        query_T = xp.arange(first_query + start, first_query + stop, dtype="int64")
+        allowed_TS = mask.allowed(xp, query_T, xp.arange(first_key + near, first_key + far, dtype="int64"))
+        heads = max(1, SCORES * G // max(1, H * allowed_TS.size))
+        for g in range(0, G, heads):
+            queries = slice(g * H // G, (g + heads) * H // G)
+            inputs = q_THK[start:stop, queries], k_SGK[near:far, g : g + heads], v_SGV[near:far, g : g + heads]
+            target = out_THV[start:stop, queries]
+            pieces.append(functools.partial(_piece, xp, inputs, allowed_TS, target, scale, softcap))
+    return pieces
+
+
+def _piece(
+    xp: Namespace, inputs: tuple[Array, Array, Array], allowed_TS: Array, target: Array, scale: float, softcap: float | None
+) -> None:
+    target[...] = softmax_attention(xp, *inputs, allowed_TS, scale=scale, softcap=softcap)
+
+
+def blocked_attention(xp: Namespace, q_THK: Array, k_SGK: Array, v_SGV: Array, **place: Any) -> Array:
+    """The named equal of `softmax_attention` with memory O(T + S): all `attention_pieces`, one after the other -> o_THV."""
+    out_THV = xp.empty((*q_THK.shape[:2], v_SGV.shape[-1]), dtype=q_THK.dtype)
+    for piece in attention_pieces(xp, q_THK, k_SGK, v_SGV, out_THV, **place):
+        piece()
+    return out_THV

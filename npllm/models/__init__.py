@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from npllm.arrays import Array
 from npllm.backend import Backend
 from npllm.cache import Cache, LayerSpec, Rows
-from npllm.config import Reader, nearest, read_json
+from npllm.config import Reader, nearest, read_json, shown
 from npllm.errors import ConfigError
 from npllm.weights import Spec
 
@@ -59,8 +59,8 @@ def interpret(values: dict[str, Any], name: str = "config.json") -> Described:
         log.warning("%s: its auto_map names code of the checkpoint's author; npllm never runs it", name)
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in REGISTRY:
-        problem = "has no model_type" if kind is None else f"model_type {str(kind)[:60]!r} is not supported"
-        raise ConfigError(f"{name}: {problem}; supported: {nearest(str(kind), REGISTRY)}")
+        problem = "has no model_type" if kind is None else f"model_type {shown(kind)} is not supported"
+        raise ConfigError(f"{name}: {problem}; supported: {nearest(shown(kind, str), REGISTRY)}")
     refuse_quantised(values, name)
     architecture = import_module(f"npllm.models.{REGISTRY[kind]}")
     reader = Reader(values, name)
@@ -73,4 +73,4 @@ def refuse_quantised(values: dict[str, Any], name: str) -> None:
     quantisation = values.get("quantization_config")
     if quantisation:
         method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
-        raise ConfigError(f"{name}: quantised checkpoints are not supported (quantization_config: {str(method)[:40]})")
+        raise ConfigError(f"{name}: quantised checkpoints are not supported (quantization_config: {shown(method, str)})")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from npllm.arrays import Array
-from npllm.backend import LN, Backend
+from npllm.backend import LN, Backend, merge_heads
 from npllm.blocks import ACTIVATIONS, CAUSAL
 from npllm.cache import Cache, LayerCache, LayerSpec, Rows
 from npllm.config import MOST_LAYERS, Reader, divide
@@ -117,7 +117,7 @@ def block(be: Backend, c: Config, w: Any, x_MD: Array, rows: Rows, memory: Layer
     v_MHK = be.mark("attention.v", qkv_M3HK[:, 2])
     keys = memory.append(k_MHK, v_MHK, rows)
     o_MHV = be.mark("attention.heads", be.attention(q_MHK, keys, rows, mask=CAUSAL, scale=scale))
-    x_MD = be.mark("attention.output", be.linear(o_MHV.reshape(len(x_MD), -1), w.attn.c_proj, x_MD))
+    x_MD = be.mark("attention.output", be.linear(merge_heads(o_MHV), w.attn.c_proj, x_MD))
     act = ACTIVATIONS[c.activation_function]
     return be.mark("output", be.mlp(x_MD, w.mlp.fc, act, norm=LN(w.ln_2, c.layer_norm_epsilon), residual_MD=x_MD))
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from npllm.arrays import Array
-from npllm.backend import RMS, Backend
+from npllm.backend import RMS, Backend, merge_heads
 from npllm.blocks import ACTIVATIONS, CAUSAL, Angles
 from npllm.cache import Cache, LayerCache, LayerSpec, Rows
 from npllm.config import DecoderConfig, Reader, read_decoder
@@ -79,7 +79,7 @@ def block(be: Backend, c: Config, w: Any, x_MD: Array, angles: Angles, rows: Row
     v_MGK = be.mark("attention.v", v_MGK)
     keys = memory.append(k_MGK, v_MGK, rows)
     o_MHV = be.mark("attention.heads", be.attention(q_MHK, keys, rows, mask=CAUSAL, scale=c.head_dim**-0.5))
-    x_MD = be.mark("attention.output", be.linear(o_MHV.reshape(len(x_MD), -1), w.self_attn.o_proj, x_MD))
+    x_MD = be.mark("attention.output", be.linear(merge_heads(o_MHV), w.self_attn.o_proj, x_MD))
     norm = RMS(w.post_attention_layernorm, c.rms_norm_eps)
     return be.mark("output", be.gated_ffn(x_MD, w.mlp, ACTIVATIONS[c.hidden_act], norm=norm, residual_MD=x_MD))
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from npllm.arrays import Array
-from npllm.backend import RMS, Backend
+from npllm.backend import RMS, Backend, merge_heads
 from npllm.blocks import ACTIVATIONS, CAUSAL, Angles, Mask, sliding
 from npllm.cache import Cache, LayerCache, LayerSpec, Rows
 from npllm.config import DecoderConfig, Reader, read_decoder, read_layer_types
@@ -44,7 +44,8 @@ class Config(DecoderConfig):
     def read(cls, reader: Reader) -> Config:
         fields = read_decoder(reader, DEFAULTS)
         layers = fields["num_hidden_layers"]
-        uses_window = reader.flag("use_sliding_window", False)
+        no_window = "sliding_window" in reader.values and reader.raw("sliding_window") is None
+        uses_window = reader.flag("use_sliding_window", False) and not no_window
         window = reader.integer("sliding_window", 4096)
         full_layers = reader.integer("max_window_layers", 28, least=0)
         pattern = ["sliding_attention" if uses_window and i >= full_layers else "full_attention" for i in range(layers)]
@@ -82,7 +83,7 @@ def block(be: Backend, c: Config, w: Any, x_MD: Array, angles: Angles, rows: Row
     v_MGK = be.mark("attention.v", v_MGK)
     keys = memory.append(k_MGK, v_MGK, rows)
     o_MHV = be.mark("attention.heads", be.attention(q_MHK, keys, rows, mask=mask, scale=c.head_dim**-0.5))
-    x_MD = be.mark("attention.output", be.linear(o_MHV.reshape(len(x_MD), -1), w.self_attn.o_proj, x_MD))
+    x_MD = be.mark("attention.output", be.linear(merge_heads(o_MHV), w.self_attn.o_proj, x_MD))
     norm = RMS(w.post_attention_layernorm, eps)
     return be.mark("output", be.gated_ffn(x_MD, w.mlp, ACTIVATIONS[c.hidden_act], norm=norm, residual_MD=x_MD))
 

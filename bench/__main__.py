@@ -1,0 +1,27 @@
+"""python -m bench canon [--shape qwen3-0.6b] [--rounds 3] [--out FILE]: the NumPy backend against the machine's limits."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from bench import canon
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verb = verbs.add_parser("canon", help="the NumPy backend against np.matmul and the read bandwidth, in one run")
+    verb.add_argument("--shape", default="qwen3-0.6b", help="a published size, with random weights (default: %(default)s)")
+    verb.add_argument("--rounds", type=int, default=3, help="rounds, of which the best counts (default: %(default)s)")
+    verb.add_argument("--out", type=Path, help="also write the figures as JSON to this file")
+    args = parser.parse_args()
+    figures = canon.run(args.shape, args.rounds)
+    print(canon.table(figures))
+    if args.out is not None:
+        args.out.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

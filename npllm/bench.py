@@ -1,0 +1,132 @@
+"""Measuring one model: prompt and generation tokens per second, as a user gets them.
+
+`ppN` is a prompt of N tokens up to its first token, `tgN` is N tokens generated one by one after a prompt of one. The
+first run of each is a warm-up and reported apart: it holds compilation, where a backend compiles.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from npllm.backend import Backend
+from npllm.config import nearest
+from npllm.errors import ArgumentError
+from npllm.llm import LLM
+from npllm.models import interpret
+
+# Published sizes to measure with random weights: the fields of their config.json.
+SHAPES: dict[str, dict[str, Any]] = {
+    "gpt2": {"model_type": "gpt2"},
+    "llama-3.2-1b": {
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
+        "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "max_position_embeddings": 131072,
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        },
+    },
+    "qwen3-0.6b": {
+        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072,
+        "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+        "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "tie_word_embeddings": True, "max_position_embeddings": 40960,
+    },
+    "qwen3-1.7b": {
+        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,
+        "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+        "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "tie_word_embeddings": True, "max_position_embeddings": 40960,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """Tokens per second of one test: mean and standard deviation over the repetitions, and the first run's seconds."""
+
+    test: str
+    tokens: int
+    tokens_per_second: float
+    deviation: float
+    repetitions: int
+    first_run_seconds: float
+
+
+def random_llm(shape: str, backend: Backend, seed: int = 0) -> LLM:
+    """A model of a published shape with random weights."""
+    if shape not in SHAPES:
+        raise ArgumentError(f"shape {shape!r} is unknown; known: {nearest(shape, SHAPES)}")
+    return LLM.random(interpret(SHAPES[shape], shape), backend, seed=seed, name=f"{shape} (random weights)")
+
+
+def measure(
+    llm: LLM,
+    prompt_tokens: int = 512,
+    new_tokens: int = 128,
+    repetitions: int = 3,
+    progress: Callable[[str], None] | None = None,
+) -> list[Result]:
+    """`pp` and `tg` of a model; a count of 0 leaves that test out."""
+    if repetitions < 1 or prompt_tokens < 0 or new_tokens < 0:
+        raise ArgumentError("bench needs at least one repetition, and token counts of at least 0")
+    ids = np.random.default_rng(0).integers(0, llm.config.vocab_size, max(prompt_tokens, 1)).tolist()
+    results = []
+    if prompt_tokens:
+        results.append(_repeat(f"pp{prompt_tokens}", prompt_tokens, repetitions, lambda: _prompt(llm, ids), progress))
+    if new_tokens:
+        results.append(
+            _repeat(f"tg{new_tokens}", new_tokens, repetitions, lambda: _generation(llm, ids[:1], new_tokens), progress)
+        )
+    return results
+
+
+def _prompt(llm: LLM, ids: list[int]) -> float:
+    return llm.generate(ids, max_tokens=1, temperature=0, ignore_eos=True).timings.prompt_seconds
+
+
+def _generation(llm: LLM, ids: list[int], count: int) -> float:
+    return llm.generate(ids, max_tokens=count + 1, temperature=0, ignore_eos=True).timings.generation_seconds
+
+
+def _repeat(
+    test: str, tokens: int, repetitions: int, run: Callable[[], float], progress: Callable[[str], None] | None
+) -> Result:
+    start = time.perf_counter()
+    run()
+    first = time.perf_counter() - start
+    rates = []
+    for i in range(repetitions):
+        if progress is not None:
+            progress(f"{test}: {i + 1} of {repetitions}")
+        rates.append(tokens / run())
+    deviation = statistics.stdev(rates) if len(rates) > 1 else 0.0
+    return Result(test, tokens, statistics.fmean(rates), deviation, repetitions, first)
+
+
+def render(results: list[Result], style: str, about: dict[str, Any]) -> str:
+    """The results as `markdown`, `csv` or `json`; `about` says what was measured (model, backend, dtype, threads ...)."""
+    if style == "json":
+        return json.dumps({"schema": "npllm.bench/1", **about, "results": [asdict(each) for each in results]}, indent=2)
+    rows = [
+        {**about, "test": each.test, "t/s": f"{each.tokens_per_second:.2f} ± {each.deviation:.2f}",
+         "first run": f"{each.first_run_seconds:.2f} s"}
+        for each in results
+    ]  # fmt: skip
+    if style == "csv":
+        out = io.StringIO()
+        flat = [{**about, **asdict(each)} for each in results]
+        writer = csv.DictWriter(out, list(flat[0]) if flat else ["test"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(flat)
+        return out.getvalue().rstrip()
+    heads = list(rows[0]) if rows else ["test"]
+    lines = [heads, ["---"] * len(heads), *([str(row[head]) for head in heads] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

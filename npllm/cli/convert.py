@@ -1,0 +1,68 @@
+"""`npllm convert`: pickled weights to safetensors, in a process that runs no code from them (npllm.convert).
+
+The folder that it made goes to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from npllm.cli import output
+
+HELP = "pickled weights to safetensors, without running their code"
+OPERANDS = "SOURCE OUT"
+
+EXAMPLES = """\
+examples:
+  npllm convert ./old-model ./old-model-safetensors
+  npllm convert owner/name ./name --dtype bfloat16
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="a folder with pickled weights, one such file, or a hub id")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make; SOURCE itself is allowed")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="cast floating-point tensors")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--overwrite", action="store_true", help="replace safetensors that OUT already has")
+
+
+def run(args: argparse.Namespace) -> int:
+    from npllm.convert import convert
+
+    source = _locate(args.source, args.revision)
+    with _progress() as progress:
+        made = convert(source, args.out, dtype=args.dtype, overwrite=args.overwrite, progress=progress)
+    output.write(f"{made}\n")
+    return 0
+
+
+def _locate(source: str, revision: str | None) -> Path:
+    """The folder or file named, else the pickles of a hub id, downloaded."""
+    from npllm import hub
+
+    path = Path(source).expanduser()
+    if path.exists() or not hub.looks_like_hub_id(source):
+        return path
+    return hub.fetch(source, revision=revision, pickles=True)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on a terminal, else None."""
+    if not output.is_terminal(sys.stderr):
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(unit="B", unit_scale=True, desc="Converting", delay=0.5, leave=False) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show

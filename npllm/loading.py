@@ -1,0 +1,153 @@
+"""`npllm.load`: from a folder, a hub id or nothing to a model that is ready to run."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from npllm.backend import Backend, get_backend
+from npllm.checkpoint import Checkpoint, Weight, fingerprint
+from npllm.config import Reader, read_json
+from npllm.errors import ArgumentError, ConfigError, TokenizerError
+from npllm.llm import LLM, Defaults, Model, check_memory
+from npllm.models import Described, read_config
+from npllm.sampling import Sampling
+from npllm.tokenizer import Tokenizer
+from npllm.weights import Spec, build_tree, match
+
+log = logging.getLogger("npllm")
+
+
+def load(
+    source: str | Path | None = None,
+    backend: str = "auto",
+    dtype: str | None = None,
+    quantize: str | None = None,
+    kv_dtype: str | None = None,
+    weights: Literal["auto", "memory", "disk"] = "auto",
+    threads: int | None = None,
+    revision: str | None = None,
+    max_context: int | None = None,
+    strict: bool = False,
+) -> LLM:
+    """Load a model: a local folder, a hub id, or (None) the small model that ships with npllm.
+
+    backend      "numpy", an installed backend's name, or "auto": the fastest that loads.
+    dtype        arithmetic: "float32", "float64"; None is the backend's choice.
+    kv_dtype     how keys and values are cached: "float32", "float64", "bfloat16"; None: as they are computed.
+    weights      "memory" or "auto"; `threads`: of BLAS and of the backend; `revision`: branch, tag or commit on the hub.
+    max_context  at most so many tokens per row; never more than the model was trained for.
+    strict       an operation that a backend declines is an error.
+
+    ConfigError, CheckpointError, TokenizerError, HubError, MemoryLimitError, BackendError say in one line what is wrong.
+    """
+    be = get_backend(backend, dtype=dtype, strict=strict, threads=threads)
+    if quantize is not None:
+        raise ArgumentError(f"quantize = {quantize!r}: the {be.name} backend does not quantise; leave it None")
+    if weights not in ("auto", "memory"):
+        raise ArgumentError(f"weights = {weights!r}: the {be.name} backend keeps weights in memory; use 'auto' or 'memory'")
+    folder = locate(source, revision)
+    described = read_config(folder)
+    tokenizer = _read_tokenizer(folder, described.config.vocab_size)
+    defaults = read_defaults(folder, described)
+    spec = described.architecture.weight_spec(described.config)
+    handles = match(spec, Checkpoint(folder), getattr(described.architecture, "BUFFERS", None))
+    check_memory(be, spec, str(source or "the shipped model"))
+    identity = fingerprint(handles)
+    tree = _prepare(be, spec, handles)
+    model = Model(described.architecture, described.config, tree, spec)
+    return LLM(
+        model,
+        be,
+        tokenizer=tokenizer,
+        defaults=defaults,
+        max_context=max_context,
+        kv_dtype=kv_dtype,
+        name="npllm-shipped" if source is None else str(source),
+        folder=folder,
+        fingerprint=identity,
+    )
+
+
+def locate(source: str | Path | None, revision: str | None = None) -> Path:
+    """The folder of a model: given, downloaded, or the shipped one."""
+    if source is None:
+        return Path(__file__).parent / "shipped"
+    if not str(source):
+        raise ArgumentError("the model's name is empty: give a folder or a hub id")
+    if (path := _existing(source)) is not None:
+        if not path.is_dir():
+            raise ConfigError(f"{path}: give the model's folder, not a file in it")
+        return path
+    from npllm import hub
+    from npllm.models import interpret
+
+    def check(values: dict[str, Any]) -> None:
+        # Only errors matter here: `load` reads the file again when the weights are there, and then says its warnings.
+        was, log.disabled = log.disabled, True
+        try:
+            interpret(values, f"{source}: config.json")
+        finally:
+            log.disabled = was
+
+    return hub.fetch(str(source), revision=revision, check=check)
+
+
+def _existing(source: str | Path) -> Path | None:
+    """`source` as a path, if something is there."""
+    try:
+        path = Path(source).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError):  # too long for a name; the home of a user who does not exist
+        return None
+
+
+def _prepare(be: Backend, spec: Spec, handles: dict[str, Weight]) -> Any:
+    if not sys.stderr.isatty():
+        return build_tree(spec, handles, be.prepare)
+    from tqdm import tqdm
+
+    total = sum(handle.nbytes for handle in handles.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Loading", delay=0.5, leave=False) as bar:
+        return build_tree(spec, handles, be.prepare, bar.update)
+
+
+def _read_tokenizer(folder: Path, vocabulary: int) -> Tokenizer | None:
+    if not (folder / "tokenizer.json").exists():
+        return None
+    tokenizer = Tokenizer(folder)
+    if tokenizer.size > vocabulary:
+        raise TokenizerError(
+            f"{folder / 'tokenizer.json'}: ids up to {tokenizer.size - 1}, but the model's vocabulary has {vocabulary} rows"
+        )
+    return tokenizer
+
+
+def read_defaults(folder: Path, described: Described) -> Defaults:
+    """`generation_config.json`, with `config.json`'s eos_token_id where it says nothing of stop ids."""
+    path = folder / "generation_config.json"
+    reader = Reader(read_json(path) if path.is_file() else {}, str(path))
+    sampling: dict[str, Any] = {}
+    if reader.flag("do_sample", False):
+        sampling["temperature"] = reader.real("temperature", 1.0, positive=False)
+        sampling["top_k"] = reader.integer("top_k", 0, least=0)
+        sampling["top_p"] = reader.real("top_p", 1.0)
+        sampling["min_p"] = reader.real("min_p", 0.0, positive=False)
+    sampling["repetition_penalty"] = reader.real("repetition_penalty", 1.0)
+    stop_ids = _stop_ids(reader) or _stop_ids(Reader(described.values, str(folder / "config.json")))
+    max_tokens = reader.integer("max_new_tokens", 0) or None
+    try:
+        Sampling(**sampling)
+    except ArgumentError as bad:
+        raise ConfigError(f"{path}: {bad}") from None
+    return Defaults(sampling, stop_ids, max_tokens)
+
+
+def _stop_ids(reader: Reader) -> tuple[int, ...]:
+    eos = reader.raw("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise reader.fail("eos_token_id", "must be a token id or a list of them")
+    return tuple(ids)

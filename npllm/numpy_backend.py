@@ -1,0 +1,114 @@
+"""The canon cut into parts for threads: the backend "numpy".
+
+A step over many tokens (a prompt) is bound by arithmetic. Its products are cut by output features and everything else
+by tokens, one part per thread, with BLAS keeping to one thread in each: BLAS's own threads spin for a while after every
+product and would take the cores from the work between products. A step over few tokens (decoding) is bound by memory;
+there BLAS's threads serve best, and the canonical bodies are inherited as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import numpy as np
+
+from npllm import blocks, parallel
+from npllm.arrays import Array
+from npllm.backend import Backend, Norm
+from npllm.blocks.ffn import Activation
+from npllm.blocks.masks import Mask
+from npllm.blocks.rope import Angles
+from npllm.cache import Keys, Rows
+from npllm.machine import cores
+from npllm.weights import GatedFFN, Linear
+
+# Tokens from which a step is cut into parts.
+SPLIT = 64
+
+# Multiply-adds below which one thread is faster than waking a second.
+SMALL_PRODUCT = 1 << 23
+SMALL_STEP = 1 << 25
+
+# Features that one thread takes through gate, up and activation at a time: with 512 tokens they stay in its cache.
+FEATURES = 256
+
+
+class NumpyBackend(Backend):
+    """The canon on NumPy, in parts: the same sums, cut where no sum is cut."""
+
+    def __init__(self, dtype: str | None = None, *, strict: bool = False, threads: int | None = None) -> None:
+        super().__init__(dtype, strict=strict, threads=threads)
+        parallel.keep_freed_memory()
+
+    @property
+    def parts(self) -> int:
+        return self.threads or cores()
+
+    def limited(self, tokens: int, parameters: int) -> contextlib.AbstractContextManager[None]:
+        """BLAS keeps to `threads`, or to one in a step that is cut into parts, or that is too small to share."""
+        alone = tokens >= SPLIT or tokens * parameters < SMALL_STEP
+        return parallel.blas_threads(1 if alone else self.threads)
+
+    def _rowwise(self, block: Callable[..., Array], *arrays: Array) -> Array:
+        if len(arrays[0]) < SPLIT:
+            return block(*arrays)
+        return parallel.rowwise(block, self.parts, *arrays)
+
+    def rms_norm(self, x_D: Array, w: Linear, /, eps: float) -> Array:
+        return self._rowwise(lambda x: blocks.rms_norm(np, x, w.weight, eps), x_D)
+
+    def layer_norm(self, x_D: Array, w: Linear, /, eps: float) -> Array:
+        return self._rowwise(lambda x: blocks.layer_norm(np, x, w.weight, w.bias, eps), x_D)
+
+    def rope(self, x_MHK: Array, angles: Angles, /, interleaved: bool = False) -> Array:
+        rotate = blocks.rotate_interleaved if interleaved else blocks.rotate_halves
+        return self._rowwise(lambda x, cos, sin: rotate(np, x, Angles(cos, sin)), x_MHK, *angles)
+
+    def linear(self, x_MD: Array, w: Linear, /, residual_MF: Array | None = None) -> Array:
+        if len(x_MD) < SPLIT or x_MD.size * len(w.weight) < SMALL_PRODUCT:
+            return super().linear(x_MD, w, residual_MF)
+        y_MF = np.empty((len(x_MD), len(w.weight)), x_MD.dtype)
+
+        def features(part: slice) -> None:
+            _linear(x_MD, w, part, y_MF[:, part])
+            if residual_MF is not None:
+                y_MF[:, part] += residual_MF[:, part]
+
+        parallel.each(features, parallel.split(len(w.weight), self.parts), self.parts)
+        return y_MF
+
+    def attention(
+        self, q_MHK: Array, keys: Keys, rows: Rows, /, *, mask: Mask, scale: float, softcap: float | None = None
+    ) -> Array:
+        if len(q_MHK) < SPLIT:
+            return super().attention(q_MHK, keys, rows, mask=mask, scale=scale, softcap=softcap)
+        out_MHV = np.empty((*q_MHK.shape[:2], keys.v_BSGV.shape[-1]), q_MHK.dtype)
+        pieces = self.attention_pieces(q_MHK, keys, rows, out_MHV, mask, scale, softcap)
+        parallel.each(lambda piece: piece(), pieces, self.parts)
+        return out_MHV
+
+    def gated_ffn(
+        self, x_MD: Array, w: GatedFFN, /, act: Activation, *, norm: Norm | None = None, residual_MD: Array | None = None
+    ) -> Array:
+        inner = len(w.gate_proj.weight)
+        if len(x_MD) < SPLIT or x_MD.size * inner < SMALL_PRODUCT:
+            return super().gated_ffn(x_MD, w, act, norm=norm, residual_MD=residual_MD)
+        h_MD = self.normed(x_MD, norm)
+        hidden_MF = np.empty((len(x_MD), inner), x_MD.dtype)
+
+        def features(part: slice) -> None:
+            gate, up = np.empty((2, len(h_MD), part.stop - part.start), h_MD.dtype)
+            _linear(h_MD, w.gate_proj, part, gate)
+            _linear(h_MD, w.up_proj, part, up)
+            np.multiply(act(np, gate), up, out=hidden_MF[:, part])
+
+        parallel.each(features, parallel.split(inner, max(self.parts, inner // FEATURES)), self.parts)
+        return self.linear(hidden_MF, w.down_proj, residual_MD)
+
+
+def _linear(x_MD: Array, w: Linear, part: slice, out: Array) -> None:
+    """The features in `part` of `x W^T + b`, into `out`."""
+    np.matmul(x_MD, w.weight[part].T, out=out)
+    if w.bias is not None:
+        out += w.bias[part]

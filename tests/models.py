@@ -1,0 +1,138 @@
+"""Tiny checkpoints and a tiny tokenizer for tests, written to a folder like those that people download."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from npllm.models import interpret
+from npllm.weights import random_weights
+
+END, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+TEXT = """The quick brown fox jumps over the lazy dog. A model of language gives the probability of the next token.
+Grouped heads share their keys and values; a cache keeps them, so that no token is computed twice. Die Straße ist naß."""
+
+COMMON = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": True}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen3": COMMON
+    | {
+        "architectures": ["Qwen3ForCausalLM"],
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "rope_theta": 10000.0,
+    },
+    "llama": COMMON
+    | {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+    },
+    "gpt2": COMMON | {"architectures": ["GPT2LMHeadModel"], "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
+}
+
+# What published files put before a tensor's own name (not before lm_head.weight).
+PREFIX = {"qwen3": "model.", "llama": "model.", "gpt2": "transformer."}
+
+STORAGE = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+
+# A value of `config_changes` that takes the key away.
+ABSENT = object()
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    """A byte-level BPE of 300 tokens: ids 0 to 2 are END, IM_START and IM_END; any text can be encoded."""
+    built = Tokenizer(models.BPE())
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = decoders.ByteLevel()
+    special = [AddedToken(text, special=True) for text in (END, IM_START, IM_END)]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    built.train_from_iterator([TEXT], trainer)
+    return built
+
+
+def make_tokenizer(folder: Path, chat_template: Any = True, **settings: Any) -> None:
+    """Write tokenizer.json and tokenizer_config.json; `settings` change the latter.
+
+    `chat_template` is True (ChatML), False (none), or what the setting of that name shall be.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer().save(str(folder / "tokenizer.json"))
+    values: dict[str, Any] = {"eos_token": IM_END, "pad_token": END, "model_max_length": 256}
+    if chat_template is not False:
+        values["chat_template"] = CHATML if chat_template is True else chat_template
+    (folder / "tokenizer_config.json").write_text(json.dumps(values | settings))
+
+
+def make_config(architecture: str = "qwen3", **changes: Any) -> dict[str, Any]:
+    """The config.json of a tiny model; a change to ABSENT removes the key."""
+    values = {"model_type": architecture} | CONFIGS[architecture] | changes
+    return {key: value for key, value in values.items() if value is not ABSENT}
+
+
+def make_tensors(config: dict[str, Any], seed: int = 0, prefix: str | None = None) -> dict[str, np.ndarray[Any, Any]]:
+    """Random float32 tensors under the names of the checkpoint; `prefix` replaces the published one."""
+    described = interpret(config)
+    weights = random_weights(described.architecture.weight_spec(described.config), seed)
+    before = PREFIX[config["model_type"]] if prefix is None else prefix
+    return {name if name == "lm_head.weight" else before + name: weight.data for name, weight in weights.items()}
+
+
+def save_tensors(folder: Path, tensors: dict[str, np.ndarray[Any, Any]], storage: str = "F32", shards: int = 1) -> None:
+    """Write model.safetensors, or `shards` files with their index."""
+    stored = {name: np.ascontiguousarray(values.astype(STORAGE[storage])) for name, values in tensors.items()}
+    if shards == 1:
+        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        names = list(stored)[i::shards]
+        save_file({name: stored[name] for name in names}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": sum(each.nbytes for each in stored.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def make_checkpoint(
+    folder: Path,
+    architecture: str = "qwen3",
+    seed: int = 0,
+    storage: str = "F32",
+    with_tokenizer: bool = True,
+    **config_changes: Any,
+) -> Path:
+    """Write a whole model folder (created if need be): config.json, model.safetensors, the tokenizer -> the folder.
+
+    Random weights of `seed`, stored as F32, F16 or BF16; the model is 2 layers of width 32, 320 tokens, context 256.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = make_config(architecture, **config_changes)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_tensors(folder, make_tensors(config, seed), storage)
+    if with_tokenizer:
+        make_tokenizer(folder)
+    return folder

@@ -1,0 +1,360 @@
+"""The blocks: numbers that can be checked by hand, then the operations' truth files under `tests/truth/blocks`.
+
+Each runs on NumPy and on the strict module (tests.strict).
+"""
+
+import json
+import math
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from npllm import blocks
+from npllm.backend import LN, RMS, Backend
+from npllm.blocks.rope import yarn_attention_factor
+from npllm.cache import Cache, LayerSpec
+from npllm.config import Reader, read_rope
+from npllm.weights import MLP, GatedFFN, Linear
+from tests.compare import Array, agree, unmodified
+from tests.export import TRUTH, stale
+from tests.strict import STRICT, StrictBackend
+
+pytestmark = pytest.mark.usefixtures("checked_shapes")
+
+
+@pytest.fixture(params=[np, STRICT], ids=["numpy", "strict"])
+def xp(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture(params=[Backend, StrictBackend], ids=["numpy", "strict"])
+def be(request: pytest.FixtureRequest) -> Backend:
+    backend: Backend = request.param("float32")
+    return backend
+
+
+def f32(*values: Any) -> Array:
+    return np.array(values, dtype=np.float32)
+
+
+# -- by hand: norms ---------------------------------------------------------------------------------------------------
+
+
+def test_rms_norm_of_three_and_four(xp: Any) -> None:
+    """The mean square of 3 and 4 is 12.5."""
+    got = blocks.rms_norm(xp, f32(3, 4), f32(2, -1), 0.0)
+    agree(got, f32(6 / math.sqrt(12.5), -4 / math.sqrt(12.5)), "block")
+
+
+def test_eps_stands_inside_the_root(xp: Any) -> None:
+    """1e-3 squared is 1e-6: with as much eps the result is 1 / sqrt(2), not 1 / 1.001; a row of zeros gives zeros."""
+    x_TD = f32([1e-3, -1e-3], [0, 0])
+    root = 1 / math.sqrt(2)
+    agree(blocks.rms_norm(xp, x_TD, f32(1, 1), 1e-6), f32([root, -root], [0, 0]), "block")
+    agree(blocks.layer_norm(xp, x_TD, f32(1, 1), f32(0, 0), 1e-6), f32([root, -root], [0, 0]), "block")
+
+
+def test_layer_norm_has_the_population_variance(xp: Any) -> None:
+    """1, 3, 5, 7: mean 4, variance (9 + 1 + 1 + 9) / 4 = 5."""
+    got = blocks.layer_norm(xp, f32(1, 3, 5, 7), f32(1, 1, 1, 2), f32(0, 0, 1, 0), 0.0)
+    agree(got, f32(-3 / math.sqrt(5), -1 / math.sqrt(5), 1 + 1 / math.sqrt(5), 6 / math.sqrt(5)), "block")
+
+
+def test_half_precision_is_widened_inside(xp: Any) -> None:
+    """300 squared is beyond float16."""
+    got = blocks.rms_norm(xp, np.array([300, -300, 300, 300], np.float16), np.ones(4, np.float32), 1e-6)
+    agree(got, np.array([1, -1, 1, 1], np.float16), "exact")
+    with pytest.raises(TypeError, match="floating-point arrays, not int64"):
+        blocks.rms_norm(xp, np.arange(4), np.ones(4), 1e-6)
+
+
+# -- by hand: RoPE ----------------------------------------------------------------------------------------------------
+
+
+def test_rope_of_ones(xp: Any) -> None:
+    """A head of width 2 turns by one radian per position, whatever theta."""
+    angles = blocks.angles(xp, blocks.Rope(dim=2), np.array([0, 1, 5]), "float32")
+    want = f32(*([[math.cos(p) - math.sin(p), math.cos(p) + math.sin(p)]] for p in (0, 1, 5)))
+    for rotate in (blocks.rotate_halves, blocks.rotate_interleaved):
+        agree(rotate(xp, np.ones((3, 1, 2), np.float32), angles), want, "block")
+
+
+def test_rope_pairs(xp: Any) -> None:
+    """A quarter turn takes the pair (a, b) to (-b, a); widths beyond the rotated ones pass."""
+    quarter = blocks.Angles(f32([0, 0]), f32([1, 1]))
+    x_MHK = f32([[1, 2, 3, 4, 5]])
+    agree(blocks.rotate_halves(xp, x_MHK, quarter), f32([[-3, -4, 1, 2, 5]]), "exact")
+    agree(blocks.rotate_interleaved(xp, x_MHK, quarter), f32([[-2, 1, -4, 3, 5]]), "exact")
+
+
+def test_rope_frequencies() -> None:
+    agree(blocks.frequencies(blocks.Rope(dim=6, theta=1000.0)).inverse_J, f32(1, 0.1, 0.01), "block")
+    linear = blocks.Rope(dim=6, theta=1000.0, kind="linear", factor=4.0)
+    agree(blocks.frequencies(linear).inverse_J, f32(0.25, 0.025, 0.0025), "block")
+
+
+def test_llama3_scaling_has_three_bands() -> None:
+    """Wavelengths 6.3, 63 and 628 in a context of 100: kept below 100 / 4, slowed above 100 / 1, blended between."""
+    rope = blocks.Rope(dim=6, theta=1000.0, kind="llama3", factor=8.0, original=100)
+    smooth = (100 / (2 * math.pi / 0.1) - 1) / (4 - 1)
+    blended = (1 - smooth) * 0.1 / 8 + smooth * 0.1
+    agree(blocks.frequencies(rope).inverse_J, f32(1, blended, 0.01 / 8), "block")
+
+
+def test_yarn_attention_factor() -> None:
+    """0.1 ln(4) + 1, unless given; the ratio of two mscales where there are two."""
+    yarn = {"dim": 4, "kind": "yarn", "factor": 4.0, "original": 16}
+    assert yarn_attention_factor(blocks.Rope(**yarn)) == pytest.approx(0.1 * math.log(4) + 1)
+    assert yarn_attention_factor(blocks.Rope(**yarn, attention_factor=1.5)) == 1.5
+    assert yarn_attention_factor(blocks.Rope(**yarn, mscale=0.7, mscale_all_dim=0.7)) == 1.0
+
+
+# -- by hand: masks and attention -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mask", "query", "seen"),
+    [
+        (blocks.CAUSAL, 2, [1, 1, 1, 0]),
+        (blocks.CAUSAL, 3, [1, 1, 1, 1]),
+        (blocks.sliding(1), 2, [0, 0, 1, 0]),
+        (blocks.sliding(2), 2, [0, 1, 1, 0]),
+        (blocks.chunked(2), 2, [0, 0, 1, 0]),
+        (blocks.chunked(2), 3, [0, 0, 1, 1]),
+        (blocks.chunked(3), 2, [1, 1, 1, 0]),
+        (blocks.Mask(window=2, chunk=3), 3, [0, 0, 0, 1]),
+    ],
+)
+def test_mask_of_one_query_and_four_keys(xp: Any, mask: blocks.Mask, query: int, seen: list[int]) -> None:
+    got = mask.allowed(xp, np.array([query]), np.arange(4))
+    assert got.astype(int).tolist() == [seen]
+    low, high = mask.reach(query, query)
+    assert (low, min(high, 4)) == (seen.index(1), 4 - seen[::-1].index(1))
+
+
+def test_an_empty_cache_entry_is_never_seen(xp: Any) -> None:
+    assert blocks.CAUSAL.allowed(xp, np.array([1]), np.array([-1, 0, 1])).tolist() == [[False, True, True]]
+
+
+def test_attention_of_equal_scores_is_the_mean_of_what_is_seen(xp: Any) -> None:
+    """Queries of zero: each of the two heads of a group gives the mean of the visible values, or 0 where there is none."""
+    q_THK, k_SGK = np.zeros((3, 2, 4), np.float32), np.ones((3, 1, 4), np.float32)
+    v_SGV = f32([[1, 10]], [[2, 20]], [[6, 60]])
+    seen_TS = np.array([[1, 0, 0], [1, 1, 1], [0, 0, 0]], bool)
+    o_THV = blocks.softmax_attention(xp, q_THK, k_SGK, v_SGV, seen_TS, scale=1.0)
+    agree(o_THV, f32([[1, 10], [1, 10]], [[3, 30], [3, 30]], [[0, 0], [0, 0]]), "block")
+
+
+def test_attention_weighs_by_the_exponential(xp: Any) -> None:
+    """Scores 0 and ln 3 give weights 1/4 and 3/4; heads 0 and 1 read values 0, heads 2 and 3 values 1."""
+    q_THK, k_SGK = np.ones((1, 4, 1), np.float32), np.zeros((2, 2, 1), np.float32)
+    k_SGK[1] = math.log(3) / 0.5
+    v_SGV = f32([[0], [100]], [[4], [104]])
+    o_THV = blocks.softmax_attention(xp, q_THK, k_SGK, v_SGV, np.ones((1, 2), bool), scale=0.5)
+    agree(o_THV, f32([[3], [3], [103], [103]]), "block")
+
+
+def test_softcap_comes_before_the_mask(xp: Any) -> None:
+    """Scores far beyond the cap of 1 give +-1; the masked key stays out, where -inf capped to -1 would count."""
+    q_THK, k_SGK = f32([[1.0]]), f32([[1e4]], [[-1e4]], [[1e4]])
+    v_SGV, seen_TS = f32([[1.0]], [[0.0]], [[7.0]]), np.array([[True, True, False]])
+    o_THV = blocks.softmax_attention(xp, q_THK, k_SGK, v_SGV, seen_TS, scale=1.0, softcap=1.0)
+    agree(o_THV, f32([[math.e / (math.e + 1 / math.e)]]), "block", literal=True)
+
+
+def test_attention_of_nothing(xp: Any) -> None:
+    """No queries, no keys, neither: shapes hold, and a query without keys gives 0."""
+    for T, S in ((0, 3), (2, 0), (0, 0)):
+        q_THK, k_SGK, v_SGV = (np.ones(shape, np.float32) for shape in ((T, 4, 3), (S, 2, 3), (S, 2, 5)))
+        want = np.zeros((T, 4, 5), np.float32)
+        got = blocks.softmax_attention(xp, q_THK, k_SGK, v_SGV, np.ones((T, S), bool), scale=1.0)
+        agree(got, want, "exact", literal=True)
+        got = blocks.blocked_attention(xp, q_THK, k_SGK, v_SGV, first_query=S, first_key=0, mask=blocks.CAUSAL, scale=1.0)
+        assert got.shape == want.shape
+
+
+# -- by hand: activations and backend operations ----------------------------------------------------------------------
+
+
+def test_activations_at_known_points(xp: Any) -> None:
+    x = f32(0, math.log(3), -math.log(3), 100, -100)
+    agree(blocks.silu(xp, x), f32(0, math.log(3) * 3 / 4, -math.log(3) / 4, 100, 0), "block")
+    agree(blocks.gelu_tanh(xp, f32(0, 100, -100)), f32(0, 100, 0), "block")
+    assert not np.isnan(blocks.silu(xp, f32(1e30, -1e30, np.inf))).any()
+
+
+def test_linear_and_embed(be: Backend) -> None:
+    w = Linear(f32([1, 2], [3, 4], [5, 6]), f32(0, 100, 0))
+    x_MD = f32([1, 10])
+    with unmodified(x_MD, *w):
+        agree(be.linear(x_MD, w), f32([21, 143, 65]), "exact")
+        agree(be.linear(x_MD, w, f32([1, 1, 1000])), f32([22, 144, 1065]), "exact")
+        agree(be.linear(x_MD, Linear(w.weight)), f32([21, 43, 65]), "exact")
+        agree(be.embed(np.array([2, 0, 2]), w), f32([5, 6], [1, 2], [5, 6]), "exact")
+
+
+def test_normed(be: Backend) -> None:
+    x_MD = f32([3, 4])
+    assert be.normed(x_MD, None) is x_MD
+    agree(be.normed(x_MD, RMS(Linear(f32(1, 1)), 0.0)), f32([3, 4]) / np.float32(math.sqrt(12.5)), "block")
+    agree(be.normed(x_MD, LN(Linear(f32(1, 1), f32(5, 5)), 0.0)), f32([4, 6]), "block")
+
+
+def test_bfloat16_cache_rounds_to_even() -> None:
+    """Every kind of float32: ties, denormals, infinities, NaN; as ml_dtypes rounds them."""
+    bits = np.random.default_rng(0).integers(0, 1 << 32, 4096, dtype=np.uint32)
+    special = [0x3F808000, 0x3F818000, 0x3F808001, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7F800001, 0xFFFFFFFF, 0x80000000, 1]
+    values = np.concatenate([bits, np.array(special, np.uint32)]).view(np.float32).reshape(-1, 1, 1)
+    cache = Cache(np, [LayerSpec(1, 1, 1)], "float32", len(values), "bfloat16")
+    rows = cache.plan([cache.add()], [len(values)])
+    k_SGK, v_SGV, first = cache.layers[0].append(values, values, rows).row(0)
+    with np.errstate(invalid="ignore"):
+        want = values.astype(ml_dtypes.bfloat16).astype(np.float32)
+    assert first == 0
+    for got in (k_SGK, v_SGV):
+        np.testing.assert_array_equal(got, want, strict=True)
+
+
+# -- truth files ------------------------------------------------------------------------------------------------------
+
+
+class File:
+    """One file of `tests/truth/blocks`: the parameters and the tensors of each case."""
+
+    def __init__(self, name: str) -> None:
+        with safe_open(TRUTH / "blocks" / f"{name}.safetensors", "numpy") as file:
+            about = json.loads(file.metadata()["about"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if why := stale(about["provenance"], "blocks"):
+            pytest.fail(why)
+        self.given: dict[str, dict[str, Any]] = about["cases"]
+        self.tensors = {case: self._of(case, tensors) for case in self.given}
+
+    @staticmethod
+    def _of(case: str, tensors: dict[str, Array]) -> dict[str, Array]:
+        return {key.partition("/")[2]: value for key, value in tensors.items() if key.partition("/")[0] == case}
+
+
+FILES = {name: File(name) for name in sorted(path.stem for path in (TRUTH / "blocks").iterdir())}
+
+
+def cases_of(*files: str) -> Any:
+    """Parametrise with the file and the case."""
+    return pytest.mark.parametrize(("file", "case"), [(file, case) for file in files for case in FILES[file].given])
+
+
+both_dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
+
+
+def lookup(file: str, case: str, dtype: str) -> tuple[dict[str, Any], dict[str, Array], str]:
+    """Parameters; tensors with real inputs in `dtype` and outputs computed in it; the limit."""
+    tensors = FILES[file].tensors[case]
+    outputs = {name.removesuffix("_f64") for name in tensors if name.endswith("_f64")}
+    chosen = {
+        name: tensors[f"{name}_f64"]
+        if name in outputs and dtype == "float64"
+        else value.astype(dtype)
+        if value.dtype.kind == "f"
+        else value
+        for name, value in tensors.items()
+        if not name.endswith("_f64")
+    }
+    return FILES[file].given[case], chosen, "block" if dtype == "float32" else "block float64"
+
+
+@both_dtypes
+@cases_of("rms_norm", "layer_norm")
+def test_norms(xp: Any, file: str, case: str, dtype: str) -> None:
+    given, t, limit = lookup(file, case, dtype)
+    limit = limit.replace("block", "layer_norm") if file == "layer_norm" else limit
+    parameters = [t[name] for name in ("weight", "bias") if name in t]
+    with unmodified(t["x"], *parameters):
+        y = getattr(blocks, file)(xp, t["x"], *parameters, given["eps"])
+    agree(y, t["y"], limit)
+    for row, want in zip(y, t["y"], strict=True):
+        agree(row, want, limit, literal=True)
+
+
+def rope_of(given: dict[str, Any]) -> blocks.Rope:
+    values = {key: given[key] for key in ("rope_parameters", "max_position_embeddings")}
+    return read_rope(Reader(values), given["head_dim"], theta=1.0, positions=given["max_position_embeddings"])
+
+
+@both_dtypes
+@cases_of("rope_frequencies")
+def test_rope_frequencies_of_published_models(file: str, case: str, dtype: str) -> None:
+    """Each frequency by itself: they span decades."""
+    given, t, limit = lookup(file, case, dtype)
+    inverse_J, factor = blocks.frequencies(rope_of(given), dtype)
+    assert inverse_J.dtype == dtype
+    agree(inverse_J / t["inv_freq"], np.ones_like(t["inv_freq"]), limit, literal=True)
+    assert factor == pytest.approx(given["attention_factor"], rel=1e-12)
+
+
+@both_dtypes
+@cases_of("rope_apply")
+def test_rotations(xp: Any, file: str, case: str, dtype: str) -> None:
+    given, t, limit = lookup(file, case, dtype)
+    rotate = blocks.rotate_halves if given["pairing"] == "half" else blocks.rotate_interleaved
+    angles = blocks.angles(xp, rope_of(given), t["positions"], dtype)
+    far = "-far-" in case
+    for name in "qk":
+        want = FILES[file].tensors[case][f"{name}_rotated_f64"].astype(dtype) if far else t[f"{name}_rotated"]
+        with unmodified(t[name], *angles):
+            got = rotate(xp, t[name], angles)
+        agree(got, want, f"far {limit}" if far else limit, what=name)
+
+
+@both_dtypes
+@cases_of("attention", "attention_windowed")
+def test_attention(xp: Any, file: str, case: str, dtype: str) -> None:
+    given, t, limit = lookup(file, case, dtype)
+    mask = blocks.Mask(given.get("window"), given.get("chunk"))
+    seen_TS = mask.allowed(xp, t["q_positions"], t["k_positions"])
+    np.testing.assert_array_equal(seen_TS, t["mask"], strict=True)
+    options = {"scale": given["scale"], "softcap": given["softcap"]}
+    with unmodified(*t.values()):
+        y = blocks.softmax_attention(xp, t["q"], t["k"], t["v"], seen_TS, **options)
+    agree(y, t["y"], limit)
+    if not given["turned_by"]:
+        where: dict[str, Any] = {"first_query": int(t["q_positions"][0]), "first_key": given["first_key"], "mask": mask}
+        with unmodified(*t.values()):
+            y = blocks.blocked_attention(xp, t["q"], t["k"], t["v"], **where, **options, block=3)
+        agree(y, t["y"], limit)
+
+
+@both_dtypes
+@pytest.mark.parametrize("case", ["silu", "gelu_tanh"])
+def test_activations(xp: Any, case: str, dtype: str) -> None:
+    _, t, limit = lookup("activations", case, dtype)
+    with unmodified(t["x"]):
+        y = getattr(blocks, case)(xp, t["x"])
+    for part in (t["x"] >= 0, t["x"] < 0):
+        agree(y[part], t["y"][part], limit)
+
+
+@both_dtypes
+@cases_of("ffn")
+def test_ffn(be: Backend, file: str, case: str, dtype: str) -> None:
+    _, t, limit = lookup(file, case, dtype)
+
+    def linear(name: str) -> Linear:
+        weight = t[f"{name}.weight"]
+        return Linear(weight.T if case == "gelu" else weight, t.get(f"{name}.bias"))
+
+    residual_MD = t["x"][::-1].copy()
+    with unmodified(*t.values(), residual_MD):
+        if case == "gelu":
+            y_MD = be.mlp(t["x"], MLP(linear("c_fc"), linear("c_proj")), blocks.gelu_tanh, residual_MD=residual_MD)
+        else:
+            w = GatedFFN(linear("gate_proj"), linear("up_proj"), linear("down_proj"))
+            y_MD = be.gated_ffn(t["x"], w, blocks.silu, residual_MD=residual_MD)
+    agree(y_MD, residual_MD + t["y"], limit)
+
+
+def test_every_truth_file_is_used() -> None:
+    used = "activations attention attention_windowed ffn layer_norm rms_norm rope_apply rope_frequencies"
+    assert used.split() == list(FILES)

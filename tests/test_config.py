@@ -1,0 +1,395 @@
+"""config.json: both spellings, class defaults, and every bad value refused in one line that names its field."""
+
+import json
+import logging
+import math
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from npllm.blocks import CAUSAL, sliding
+from npllm.config import Reader, nearest
+from npllm.errors import ConfigError, NpllmError
+from npllm.models import REGISTRY, interpret, read_config
+from tests.models import ABSENT, make_config
+
+ARCHITECTURES = sorted(REGISTRY)
+
+
+def refused(read: Callable[[], Any], *words: str) -> None:
+    """`read` raises a ConfigError of one short line that holds each of `words`."""
+    with pytest.raises(ConfigError) as caught:
+        read()
+    message = str(caught.value)
+    assert message.isprintable()
+    assert len(message) < 600
+    for word in words:
+        assert word in message
+
+
+def read(architecture: str = "qwen3", **changes: Any) -> Any:
+    return interpret(make_config(architecture, **changes)).config
+
+
+# -- the file --
+
+
+def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
+    refused(lambda: read_config(tmp_path), str(tmp_path / "config.json"), "no such file")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (b"", "JSON"), (b"{", "JSON"), (b"{'a': 1}", "JSON"), (b"\xff\xfe{}", "JSON"), (b"\xef\xbb\xbf{}", "JSON"),
+        (b'{"hidden_size": 1' + b"0" * 5000 + b"}", "JSON"), (b"[" * 100_000, "JSON"), (b'{"a":' * 100_000, "JSON"),
+        (b"[]", "object"), (b"null", "object"), (b'"qwen3"', "object"), (b"NaN", "object"), (b"{} {}", "JSON"),
+        (b'{"rope_scaling":' + b"[" * 300 + b"]" * 300 + b"}", "deep"),
+    ],
+    ids=range(14),
+)  # fmt: skip
+def test_a_config_that_is_no_json_object_is_refused(tmp_path: Path, text: bytes, problem: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(text)
+    refused(lambda: read_config(tmp_path), str(path), problem)
+
+
+def test_a_folder_in_the_place_of_config_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").mkdir()
+    refused(lambda: read_config(tmp_path), "config.json", "cannot be read")
+
+
+# -- model_type --
+
+
+def test_without_model_type_the_supported_ones_are_listed() -> None:
+    refused(lambda: read(model_type=ABSENT), "model_type", *ARCHITECTURES)
+
+
+@pytest.mark.parametrize(("kind", "first"), [("qwen2", "qwen3"), ("Qwen3", "qwen3"), ("LLAMA", "llama"), ("gpt_2", "gpt2")])
+def test_an_unknown_model_type_lists_the_nearest_first(kind: str, first: str) -> None:
+    refused(lambda: read(model_type=kind), repr(kind), f"supported: {first}")
+
+
+@pytest.mark.parametrize("kind", ["", "mamba", 7, [], {}, ["qwen3"], True, "x" * 10**6, "\x1b[2J\n"])
+def test_a_model_type_that_is_nothing_known_is_refused(kind: Any) -> None:
+    refused(lambda: read(model_type=kind), "model_type", *ARCHITECTURES)
+
+
+def test_nearest_puts_likely_names_first_and_keeps_all() -> None:
+    assert nearest("qwen", ["gpt2", "llama", "qwen3"]) == "qwen3, gpt2, llama"
+    assert nearest("", ["b", "a"]) == "a, b"
+
+
+# -- values --
+
+SIZES = {
+    "qwen3": ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+              "num_key_value_heads", "head_dim", "max_position_embeddings"],
+    "llama": ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+              "num_key_value_heads", "max_position_embeddings"],
+    "gpt2": ["vocab_size", "n_embd", "n_layer", "n_head", "n_positions", "n_inner"],
+}  # fmt: skip
+NAMED_SIZES = [(architecture, key) for architecture, keys in SIZES.items() for key in keys]
+
+
+@pytest.mark.parametrize(("architecture", "key"), NAMED_SIZES)
+def test_sizes_that_no_model_has_are_refused(architecture: str, key: str) -> None:
+    for value in (0, -1, 10**18, 10**4000, 1.5, "32", [], {}, True, math.nan, math.inf, 1e300):
+        refused(lambda value=value: read(architecture, **{key: value}), key)
+
+
+@pytest.mark.parametrize(("architecture", "key"), NAMED_SIZES)
+def test_null_and_absent_mean_the_class_default(architecture: str, key: str) -> None:
+    roomy = {"n_embd": 768} if architecture == "gpt2" else {"hidden_size": 4096, "num_attention_heads": 32}
+    by_null = read(architecture, **roomy | {key: None})
+    assert by_null == read(architecture, **roomy | {key: ABSENT})
+
+
+def test_null_key_value_heads_are_all_heads() -> None:
+    assert read("qwen3", num_key_value_heads=None).num_key_value_heads == 4
+    assert read("llama", num_key_value_heads=None).num_key_value_heads == 4
+    refused(lambda: read("qwen3", num_key_value_heads=ABSENT), "num_key_value_heads = 32")
+
+
+def test_class_defaults_are_those_of_transformers() -> None:
+    qwen = interpret({"model_type": "qwen3"}).config
+    assert (qwen.vocab_size, qwen.hidden_size, qwen.head_dim, qwen.num_key_value_heads) == (151936, 4096, 128, 32)
+    assert (qwen.rms_norm_eps, qwen.tie_word_embeddings, qwen.rope.theta) == (1e-6, False, 10000.0)
+    llama = interpret({"model_type": "llama"}).config
+    assert (llama.vocab_size, llama.intermediate_size, llama.head_dim) == (32000, 11008, 128)
+    assert (llama.num_key_value_heads, llama.max_position_embeddings, llama.rms_norm_eps) == (32, 2048, 1e-6)
+    gpt2 = interpret({"model_type": "gpt2"}).config
+    assert (gpt2.n_embd, gpt2.n_inner, gpt2.n_positions, gpt2.tie_word_embeddings) == (768, 3072, 1024, True)
+
+
+def test_whole_floats_are_integers() -> None:
+    assert read(hidden_size=64.0).hidden_size == 64
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "words"),
+    [
+        ("qwen3", {"num_key_value_heads": 3}, ["num_attention_heads = 4", "num_key_value_heads = 3"]),
+        ("qwen3", {"num_key_value_heads": 8}, ["num_attention_heads = 4", "num_key_value_heads = 8"]),
+        ("llama", {"hidden_size": 30}, ["hidden_size = 30", "num_attention_heads = 4"]),
+        ("gpt2", {"n_head": 5}, ["n_embd = 32", "n_head = 5"]),
+        ("qwen3", {"head_dim": 15}, ["head_dim = 15", "even"]),
+        ("llama", {"hidden_size": 28}, ["head_dim = 7", "even"]),
+        ("qwen3", {"hidden_act": "relu6"}, ["hidden_act", "relu6", "silu"]),
+        ("qwen3", {"hidden_act": ["silu"]}, ["hidden_act", "string"]),
+        ("gpt2", {"activation_function": 3}, ["activation_function"]),
+        ("qwen3", {"rms_norm_eps": 0}, ["rms_norm_eps"]),
+        ("qwen3", {"rms_norm_eps": "1e-6"}, ["rms_norm_eps"]),
+        ("qwen3", {"rms_norm_eps": 10**400}, ["rms_norm_eps"]),
+        ("qwen3", {"attention_bias": "false"}, ["attention_bias", "true or false"]),
+        ("llama", {"mlp_bias": 1}, ["mlp_bias"]),
+        ("qwen3", {"tie_word_embeddings": 0}, ["tie_word_embeddings"]),
+        ("qwen3", {"use_sliding_window": None, "sliding_window": -1}, ["sliding_window"]),
+        ("qwen3", {"layer_types": ["full_attention"]}, ["layer_types", "1 layers", "2"]),
+        ("qwen3", {"layer_types": ["full_attention", "mamba"]}, ["mamba"]),
+        ("qwen3", {"layer_types": "full_attention"}, ["layer_types"]),
+        ("qwen3", {"layer_types": [1, 2]}, ["layer_types"]),
+        ("qwen3", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor = 0.5"]),
+    ],
+)
+def test_values_that_fit_nothing_are_refused(architecture: str, changes: dict[str, Any], words: list[str]) -> None:
+    refused(lambda: read(architecture, **changes), *words)
+
+
+def test_a_value_is_shown_short_and_on_one_line() -> None:
+    refused(lambda: read(hidden_act="\x1b[31m\n" * 1000), "hidden_act = ", "...")
+
+
+# -- RoPE --
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def test_old_and_new_spelling_of_rope_are_the_same() -> None:
+    llama3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    for scaling in ({"rope_type": "llama3"} | llama3, YARN, {"rope_type": "linear", "factor": 2.0}):
+        old = read(rope_theta=5e5, rope_scaling=scaling)
+        assert read(rope_theta=ABSENT, rope_parameters=scaling | {"rope_theta": 5e5}) == old
+        renamed = {("type" if key == "rope_type" else key): value for key, value in scaling.items()}
+        assert read(rope_theta=5e5, rope_scaling=renamed) == old
+        assert old.rope.kind == scaling["rope_type"]
+        assert old.rope.theta == 5e5
+    assert read(rope_theta=5e5, rope_scaling=None) == read(rope_theta=ABSENT, rope_parameters={"rope_theta": 5e5})
+
+
+def test_yarn_falls_back_to_the_trained_context() -> None:
+    scaling = {"rope_type": "yarn", "factor": 4.0}
+    assert read(rope_scaling=scaling, max_position_embeddings=512).rope.original == 512
+    assert read(rope_scaling=scaling, original_max_position_embeddings=128).rope.original == 128
+
+
+@pytest.mark.parametrize(
+    ("scaling", "words"),
+    [
+        ({"rope_type": "longrope", "factor": 2.0}, ["rope_scaling", "rope_type", "longrope", "yarn"]),
+        ({"type": "ntk", "factor": 2.0}, ["type", "ntk", "default"]),
+        ({"rope_type": [["yarn"]], "factor": 2.0}, ["rope_type"]),
+        ({"rope_type": "yarn"}, ["factor"]),
+        ({"rope_type": "linear", "factor": 0}, ["factor"]),
+        ({"rope_type": "linear", "factor": "2"}, ["factor"]),
+        ({"rope_type": "linear", "factor": math.nan}, ["factor"]),
+        ({"rope_type": "linear", "factor": 1e-300}, ["frequencies"]),
+        (YARN | {"original_max_position_embeddings": 0}, ["original_max_position_embeddings"]),
+        (YARN | {"beta_fast": -1}, ["beta_fast"]),
+        (YARN | {"beta_slow": 1e-308}, ["frequencies"]),
+        (YARN | {"rope_theta": 1}, ["rope_theta"]),
+        (YARN | {"rope_theta": math.inf}, ["rope_theta"]),
+        (YARN | {"rope_theta": 1e300}, ["rope_theta"]),
+        (YARN | {"rope_theta": 1e-300}, ["rope_theta"]),
+        (YARN | {"truncate": "no"}, ["truncate"]),
+        (YARN | {"mscale": -1}, ["mscale"]),
+        (YARN | {"attention_factor": 0}, ["attention_factor"]),
+        (YARN | {"partial_rotary_factor": 0.25}, ["partial_rotary_factor"]),
+        ("yarn", ["rope_scaling"]),
+        ([], ["rope_scaling"]),
+    ],
+)
+def test_rope_parameters_that_fit_nothing_are_refused(scaling: Any, words: list[str]) -> None:
+    refused(lambda: read(rope_scaling=scaling), *words)
+
+
+def test_theta_is_checked_without_scaling_too() -> None:
+    for theta in (0, -1, "1e4", math.nan, 1e-200, 1e300):
+        refused(lambda theta=theta: read(rope_theta=theta), "rope_theta")
+
+
+# -- sliding windows --
+
+
+def test_layers_from_max_window_layers_on_see_a_window() -> None:
+    window = {"use_sliding_window": True, "sliding_window": 7}
+    assert read(**window, max_window_layers=1).masks == (CAUSAL, sliding(7))
+    assert read(**window, layer_types=["sliding_attention", "full_attention"]).masks == (sliding(7), CAUSAL)
+    assert read(use_sliding_window=False, sliding_window=7, max_window_layers=0).masks == (CAUSAL, CAUSAL)
+    assert read(use_sliding_window=True, sliding_window=None, max_window_layers=0).masks == (CAUSAL, CAUSAL)
+
+
+# -- keys that nobody reads --
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture, values: dict[str, Any]) -> list[str]:
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "npllm"):
+        interpret(values)
+    return [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_unknown_keys_are_warned_about_once_by_name(architecture: str, caplog: pytest.LogCaptureFixture) -> None:
+    values = make_config(architecture, zebra=1, attn_logit_softcapping=30.0, _private=1)
+    (warning,) = warnings_of(caplog, values)
+    assert "attn_logit_softcapping, zebra" in warning
+    assert "_private" not in warning
+    assert warnings_of(caplog, make_config(architecture)) == []
+
+
+def test_unknown_keys_in_the_rope_section_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    (warning,) = warnings_of(caplog, make_config(rope_scaling=YARN | {"zebra": 1, "type": "yarn"}))
+    assert "rope_scaling" in warning
+    assert warning.endswith(": zebra")
+
+
+def test_a_key_cannot_steer_the_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    (warning,) = warnings_of(caplog, make_config(**{"\x1b[2J\n": 1, "k" * 10_000: 1}))
+    assert warning.isprintable()
+    assert len(warning) < 500
+
+
+def test_keys_of_real_files_without_effect_are_passed_over(caplog: pytest.LogCaptureFixture) -> None:
+    usual = {"torch_dtype": "bfloat16", "dtype": "bfloat16", "transformers_version": "5.2", "use_cache": True,
+             "attention_dropout": 0.0, "initializer_range": 0.02, "_name_or_path": "x"}  # fmt: skip
+    assert warnings_of(caplog, make_config("qwen3", **usual, pad_token_id=None, max_window_layers=28)) == []
+    assert warnings_of(caplog, make_config("llama", **usual, pretraining_tp=1)) == []
+    old = {"n_ctx": 1024, "summary_type": "cls_index", "task_specific_params": {}, "resid_pdrop": 0.1}
+    assert warnings_of(caplog, make_config("gpt2", **usual, **old)) == []
+
+
+def test_remote_code_is_ignored_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    (warning,) = warnings_of(caplog, make_config(auto_map={"AutoModelForCausalLM": "modeling.Evil"}))
+    assert "auto_map" in warning
+
+
+@pytest.mark.parametrize("value", [{"quant_method": "fp8"}, {"bits": 4}, "gptq", ["awq"], {"quant_method": ["\n"]}])
+def test_quantised_checkpoints_are_refused(value: Any) -> None:
+    refused(lambda: read(quantization_config=value), "quantization_config")
+
+
+def test_an_empty_quantisation_is_none() -> None:
+    assert read(quantization_config=None) == read(quantization_config={}) == read()
+
+
+# -- multimodal wrappers --
+
+
+def test_the_text_part_of_a_wrapper_is_read(caplog: pytest.LogCaptureFixture) -> None:
+    text = make_config()
+    wrapper = {"model_type": "some_vl", "vision_config": {"depth": 3}, "text_config": text, "image_token_id": 5}
+    with caplog.at_level(logging.WARNING, "npllm"):
+        assert interpret(wrapper).config == interpret(text).config
+    assert any("text part" in record.getMessage() for record in caplog.records)
+
+
+def test_a_wrapper_ties_the_head_where_its_text_part_is_silent() -> None:
+    silent = make_config(tie_word_embeddings=ABSENT)
+    assert interpret({"text_config": silent, "tie_word_embeddings": True}).config.tie_word_embeddings
+    assert not interpret({"text_config": silent}).config.tie_word_embeddings
+    told = make_config(tie_word_embeddings=False)
+    assert not interpret({"text_config": told, "tie_word_embeddings": True}).config.tie_word_embeddings
+
+
+def test_errors_in_the_text_part_say_where() -> None:
+    refused(lambda: interpret({"text_config": make_config(hidden_size=-1)}), "text_config", "hidden_size")
+    refused(lambda: interpret({"model_type": "qwen3", "text_config": {}}), "text_config", "model_type")
+
+
+# -- the reader --
+
+
+def test_a_reader_names_the_section_it_reads() -> None:
+    inner = Reader({"a": {"b": "x"}}, "file.json").section("a")
+    assert inner is not None
+    refused(lambda: inner.integer("b", 1), 'file.json: a: b = "x"')
+
+
+# -- fuzz --
+
+LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(-2, 70), st.integers(), st.integers(10**300, 10**400), st.floats(),
+    st.text(max_size=8), st.sampled_from(["silu", "gelu_new", "yarn", "llama3", "linear", "default", "full_attention"]),
+)  # fmt: skip
+ROPE_KEYS = ["rope_type", "type", "factor", "original_max_position_embeddings", "rope_theta", "low_freq_factor", "beta_fast",
+             "high_freq_factor", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate"]  # fmt: skip
+KEYS = st.one_of(st.text(max_size=4), st.sampled_from(ROPE_KEYS))
+JSON_VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(KEYS, inner, max_size=4)),
+    max_leaves=8,
+)
+ROPES = st.dictionaries(st.sampled_from(ROPE_KEYS), LEAVES, max_size=6)
+OTHER_KEYS = {
+    "qwen3": ["hidden_act", "rms_norm_eps", "tie_word_embeddings", "attention_bias", "use_sliding_window", "sliding_window",
+              "max_window_layers", "layer_types", "rope_theta", "rope_scaling", "rope_parameters"],
+    "llama": ["hidden_act", "rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias", "rope_theta",
+              "rope_scaling", "rope_parameters", "head_dim"],
+    "gpt2": ["activation_function", "layer_norm_epsilon", "scale_attn_weights", "scale_attn_by_inverse_layer_idx",
+             "tie_word_embeddings"],
+}  # fmt: skip
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> dict[str, Any]:
+    """A valid config with the values of some keys replaced by anything that JSON can say."""
+    architecture = draw(st.sampled_from(ARCHITECTURES))
+    keys = SIZES[architecture] + OTHER_KEYS[architecture] + ["text_config", "quantization_config", "auto_map"]
+    changed = draw(st.lists(st.sampled_from(keys), min_size=1, max_size=4, unique=True))
+    values = {key: draw(st.one_of(JSON_VALUES, ROPES) if "rope" in key else JSON_VALUES) for key in changed}
+    return make_config(architecture, **values) | draw(st.dictionaries(st.text(max_size=4), JSON_VALUES, max_size=2))
+
+
+def reads_or_refuses(interpreted: Callable[[], Any]) -> None:
+    """A Config whose spec can be counted, or a ConfigError of one line; quickly, and without a large allocation."""
+    start = time.process_time()
+    tracemalloc.start()
+    try:
+        described = interpreted()
+        described.architecture.weight_spec(described.config)
+    except ConfigError as refusal:
+        problem = str(refusal)
+    else:
+        problem = ""
+    largest = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert problem == "" or problem.isprintable()
+    assert time.process_time() - start < 5.0
+    assert largest < 64 << 20
+
+
+@given(configs())
+def test_any_values_give_a_config_or_an_error_that_names_the_field(values: dict[str, Any]) -> None:
+    reads_or_refuses(lambda: interpret(values))
+
+
+@given(st.dictionaries(st.one_of(st.text(max_size=5), st.just("model_type")), JSON_VALUES, max_size=4))
+def test_any_object_gives_a_config_or_an_error(values: dict[str, Any]) -> None:
+    reads_or_refuses(lambda: interpret(values))
+
+
+@given(st.one_of(st.binary(max_size=100), JSON_VALUES.map(lambda value: json.dumps(value).encode())))
+def test_any_file_gives_a_config_or_an_error(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    folder = tmp_path_factory.mktemp("config")
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(NpllmError) as caught:
+        read_config(folder)
+    assert str(caught.value).isprintable()
