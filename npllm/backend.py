@@ -245,8 +245,9 @@ def accelerates(declines: Callable[..., str | None]) -> Callable[[B], B]:
                 return override(self, *args, **kwargs)
             if self.strict:
                 raise BackendError(f"{self.name}.{operation} declines: {why}")
-            _log_once(f"{self.name}.{operation} falls back to the canon: {why}")
-            return canon(self, *args, **kwargs)
+            _log_once(f"{self.name}.{operation} falls back: {why}")
+            owner = next(each for each in type(self).__mro__ if each.__dict__.get(operation) is method)
+            return getattr(super(owner, self), operation)(*args, **kwargs)
 
         return method  # type: ignore[return-value]
 

@@ -175,6 +175,8 @@ class Cache:
 
     def free(self, slot: int) -> None:
         """Give the row's slot back; its storage serves the next `add`."""
+        if slot in self.unused or not 0 <= slot < len(self.lengths):
+            raise ArgumentError(f"slot {slot} is not in use")
         self.lengths[slot] = 0
         self.unused.append(slot)
 

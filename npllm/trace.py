@@ -17,7 +17,19 @@ from npllm.errors import ArgumentError
 
 Patch = Callable[[Array], Array]
 
-FINE = ("asarray", "to_numpy", "prepare", "embed", "rms_norm", "layer_norm", "linear", "angles", "rope", "attention")
+FINE = (
+    "limited",
+    "asarray",
+    "to_numpy",
+    "prepare",
+    "embed",
+    "rms_norm",
+    "layer_norm",
+    "linear",
+    "angles",
+    "rope",
+    "attention",
+)
 
 
 class Trace(Mapping[str, Array]):

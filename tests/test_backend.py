@@ -74,7 +74,7 @@ def test_an_override_takes_its_calls_and_declines_the_others_with_a_reason(caplo
     assert not caplog.messages
     for _ in range(3):
         agree(be.linear(np.eye(3), W), np.eye(3), "exact")
-    assert caplog.messages == ["doubling.linear falls back to the canon: more than two tokens"]
+    assert caplog.messages == ["doubling.linear falls back: more than two tokens"]
 
 
 def test_strict_raises_in_place_of_falling_back() -> None:
