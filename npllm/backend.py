@@ -12,7 +12,8 @@ import contextlib
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
@@ -20,27 +21,29 @@ import numpy as np
 
 from npllm import blocks, parallel
 from npllm.arrays import Array, DTypeLike, Namespace
-from npllm.blocks.ffn import Activation
 from npllm.blocks.masks import Mask
 from npllm.blocks.rope import Angles, Rope
-from npllm.cache import Keys, Rows
+from npllm.cache import Cache, Keys, LayerSpec, Rows
 from npllm.checkpoint import Weight
 from npllm.config import nearest
 from npllm.errors import BackendError
-from npllm.weights import MLP, QKV, GatedFFN, Linear, Spec
+from npllm.machine import available_memory
+from npllm.sampling import Drawn, whole
+from npllm.weights import MLP, QKV, GatedFFN, Linear, Tensor
 
 if TYPE_CHECKING:
     from npllm.generation import State
-    from npllm.llm import Model
+    from npllm.model import Model
 
 log = logging.getLogger("npllm")
 
 
 class RMS(NamedTuple):
-    """An RMS norm in front of a coarse operation: its prepared gain, and eps."""
+    """An RMS norm in front of a coarse operation: its prepared gain (None: 1), eps, and what is added to the gain."""
 
-    params: Linear
+    params: Linear | None
     eps: float
+    offset: float = 0.0
 
 
 class LN(NamedTuple):
@@ -68,20 +71,35 @@ class Backend:
 
     dtype     arithmetic: "float32" (None means this) or "float64"; weights are widened to it when they are prepared.
     strict    an override that declines an operation raises BackendError instead of falling back to the canon.
-    threads   threads of the backend's own kernels and of BLAS; None leaves the environment's choice.
+    threads   threads of the backend's own kernels and of BLAS; None leaves the environment's choice (OMP_NUM_THREADS).
+    quantize  a name of `quantizations`: weights are turned into fewer bits when they are prepared.
     """
 
     name: ClassVar[str] = "numpy"
     xp: ClassVar[Namespace] = np
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "float64")
+    quantizations: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, dtype: str | None = None, *, strict: bool = False, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        dtype: str | None = None,
+        *,
+        strict: bool = False,
+        threads: int | None = None,
+        quantize: str | None = None,
+    ) -> None:
         self.dtype = dtype or self.dtypes[0]
         if self.dtype not in self.dtypes:
             raise BackendError(f"the {self.name} backend computes in {' or '.join(self.dtypes)}, not in {self.dtype}")
-        if threads is not None and threads < 1:
-            raise BackendError(f"threads = {threads} must be at least 1")
-        self.strict, self.threads = strict, threads
+        if quantize is not None and quantize not in self.quantizations:
+            raise BackendError(f"the {self.name} backend does not quantise weights to {quantize!r}; leave quantize None")
+        self.threads = None if threads is None else whole("threads", threads, 1)
+        self.strict, self.quantize = strict, quantize
+
+    @property
+    def array_dtype(self) -> str:
+        """The dtype of activations and caches: float64 when the arithmetic is, else float32."""
+        return "float64" if self.dtype == "float64" else "float32"
 
     # -- arrays and weights -------------------------------------------------------------------------------------------
 
@@ -96,21 +114,34 @@ class Backend:
     def prepare(self, bundle: Any) -> Any:
         """A tuple of handles (nested: `Linear`, `QKV`, ...) -> the same tuple of what the operations take.
 
-        The canon widens each handle to `dtype`, or maps the file where its type is the same. Called once per bundle.
+        Called once per bundle. The canon widens each handle to `dtype`, or maps the file where its type is the same. A
+        backend may put anything in the place of a handle that its `dense` turns into an array; the tuple's fields stay,
+        since under a trace the canonical bodies read them.
         """
         if bundle is None:
             return None
         if isinstance(bundle, Weight):
-            values = bundle.array(self.dtype)
+            values = bundle.array(self.array_dtype)
             if values.base is None:
                 bundle.release()
             return values
         return type(bundle)(*map(self.prepare, bundle))
 
-    def bytes_needed(self, spec: Spec) -> int:
-        """Memory that the prepared weights take."""
-        itemsize = np.dtype(self.dtype).itemsize
-        return sum(tensor.size * itemsize for tensor in spec.values() if tensor.alias is None)
+    def dense(self, weight: Any) -> Array:
+        """A prepared weight as an array that the canonical bodies can compute with."""
+        return weight
+
+    def bytes_needed(self, tensors: Iterable[Tensor | Weight]) -> int:
+        """Memory that these weights take when they are prepared."""
+        return sum(math.prod(tensor.shape) for tensor in tensors) * np.dtype(self.array_dtype).itemsize
+
+    def available_memory(self) -> int:
+        """Bytes that weights and caches can still take, where this backend keeps them."""
+        return available_memory()
+
+    def new_cache(self, specs: Sequence[LayerSpec], max_context: int, kv_dtype: str | None = None) -> Cache:
+        """An empty key/value cache with one layer per spec (npllm.cache)."""
+        return Cache(self.xp, specs, self.array_dtype, max_context, kv_dtype, self.available_memory)
 
     def limited(self, tokens: int, parameters: int) -> contextlib.AbstractContextManager[None]:
         """The context that a forward pass over so many tokens runs in: here, BLAS keeps to `threads`."""
@@ -130,28 +161,28 @@ class Backend:
 
     def embed(self, tokens_M: Array, w: Linear, /) -> Array:
         """Rows of the embedding [N, D] -> x_MD."""
-        return w.weight[tokens_M]
+        return self.dense(w.weight)[tokens_M]
 
-    def rms_norm(self, x_D: Array, w: Linear, /, eps: float) -> Array:
+    def rms_norm(self, x_D: Array, w: Linear | None, /, eps: float, offset: float = 0.0) -> Array:
         """blocks.rms_norm over the last axis (any leading axes: q and k have M, H)."""
-        return blocks.rms_norm(self.xp, x_D, w.weight, eps)
+        return blocks.rms_norm(self.xp, x_D, w and self.dense(w.weight), eps, offset)
 
     def layer_norm(self, x_D: Array, w: Linear, /, eps: float) -> Array:
         """blocks.layer_norm over the last axis (any leading axes)."""
-        return blocks.layer_norm(self.xp, x_D, w.weight, w.bias, eps)
+        return blocks.layer_norm(self.xp, x_D, self.dense(w.weight), self.dense(w.bias), eps)
 
     def linear(self, x_MD: Array, w: Linear, /, residual_MF: Array | None = None) -> Array:
         """`residual + x W^T + b` with W [F, D] -> y_MF; residual and bias may be absent."""
-        y_MF = x_MD @ w.weight.T
+        y_MF = x_MD @ self.dense(w.weight).T
         if w.bias is not None:
-            y_MF += w.bias
+            y_MF += self.dense(w.bias)
         if residual_MF is not None:
             y_MF += residual_MF
         return y_MF
 
     def angles(self, rope: Rope, positions_M: Array, /) -> Angles:
         """Cosines and sines of a step's positions, in the backend's dtype."""
-        return blocks.angles(self.xp, rope, positions_M, self.dtype)
+        return blocks.angles(self.xp, rope, positions_M, self.array_dtype)
 
     def rope(self, x_MHK: Array, angles: Angles, /, interleaved: bool = False) -> Array:
         """blocks.rotate_halves, or blocks.rotate_interleaved."""
@@ -187,7 +218,7 @@ class Backend:
         if norm is None:
             return x_MD
         if isinstance(norm, RMS):
-            return self.rms_norm(x_MD, norm.params, norm.eps)
+            return self.rms_norm(x_MD, norm.params, norm.eps, norm.offset)
         return self.layer_norm(x_MD, norm.params, norm.eps)
 
     def project_heads(
@@ -199,28 +230,35 @@ class Backend:
         return split_heads(q_MF, head_dim), split_heads(k_MF, head_dim), split_heads(v_MF, head_dim)
 
     def gated_ffn(
-        self, x_MD: Array, w: GatedFFN, /, act: Activation, *, norm: Norm | None = None, residual_MD: Array | None = None
+        self, x_MD: Array, w: GatedFFN, /, act: str, *, norm: Norm | None = None, residual_MD: Array | None = None
     ) -> Array:
-        """`residual + down(act(gate h) * up h)` with `h = norm(x)` (SwiGLU, GeGLU: Shazeer 2020, arXiv 2002.05202)."""
+        """`residual + down(act(gate h) * up h)` with `h = norm(x)` (SwiGLU, GeGLU: Shazeer 2020, arXiv 2002.05202).
+
+        `act` is a name of blocks.ACTIVATIONS.
+        """
         h_MD = self.mark("ffn.input", self.normed(x_MD, norm))
-        hidden_MF = act(self.xp, self.mark("ffn.gate", self.linear(h_MD, w.gate_proj)))
+        hidden_MF = blocks.ACTIVATIONS[act](self.xp, self.mark("ffn.gate", self.linear(h_MD, w.gate_proj)))
         hidden_MF *= self.mark("ffn.up", self.linear(h_MD, w.up_proj))
         return self.linear(self.mark("ffn.hidden", hidden_MF), w.down_proj, residual_MD)
 
-    def mlp(
-        self, x_MD: Array, w: MLP, /, act: Activation, *, norm: Norm | None = None, residual_MD: Array | None = None
-    ) -> Array:
+    def mlp(self, x_MD: Array, w: MLP, /, act: str, *, norm: Norm | None = None, residual_MD: Array | None = None) -> Array:
         """`residual + c_proj(act(c_fc h))` with `h = norm(x)`."""
         h_MD = self.mark("ffn.input", self.normed(x_MD, norm))
-        hidden_MF = act(self.xp, self.mark("ffn.up", self.linear(h_MD, w.c_fc)))
+        hidden_MF = blocks.ACTIVATIONS[act](self.xp, self.mark("ffn.up", self.linear(h_MD, w.c_fc)))
         return self.linear(self.mark("ffn.hidden", hidden_MF), w.c_proj, residual_MD)
 
-    def step(self, model: Model, state: State, /) -> Array:
-        """One step of generation: forward, then a sampled token for each row that wants one -> int64 [W]."""
-        return state.sample(self.to_numpy(model.run(self, state.tokens_M, state.rows, state.cache)))
+    def step(self, model: Model, state: State, /) -> Drawn:
+        """One step of generation: a forward pass, then a token drawn for each row that wants one."""
+        logits_WN = self.to_numpy(model.run(self, state.tokens_M, state.rows, state.cache))
+        tokens = [sampler.draw(logits_N) for sampler, logits_N in zip(state.samplers, logits_WN, strict=True)]
+        return Drawn(np.array(tokens, dtype=np.int64), logits_WN)
 
 
-OPERATIONS = ("embed", "rms_norm", "layer_norm", "linear", "rope", "attention", "project_heads", "gated_ffn", "mlp", "step")
+# What a trace leaves to the backend it traces, and what it computes by the canonical bodies.
+SERVICES = ("limited", "asarray", "to_numpy", "prepare", "dense", "new_cache")
+FINE = ("embed", "rms_norm", "layer_norm", "linear", "angles", "rope", "attention")
+COARSE = ("normed", "project_heads", "gated_ffn", "mlp", "step")
+OPERATIONS = FINE + COARSE
 
 B = TypeVar("B", bound=Callable[..., Any])
 
@@ -235,7 +273,7 @@ def accelerates(declines: Callable[..., str | None]) -> Callable[[B], B]:
     def wrap(override: B) -> B:
         operation = override.__name__
         canon = getattr(Backend, operation)
-        if inspect.signature(override).parameters.keys() != inspect.signature(canon).parameters.keys():
+        if _shape(override) != _shape(canon):
             raise TypeError(f"{operation}{inspect.signature(override)} must have the canon's {inspect.signature(canon)}")
 
         @functools.wraps(override)
@@ -246,7 +284,9 @@ def accelerates(declines: Callable[..., str | None]) -> Callable[[B], B]:
             if self.strict:
                 raise BackendError(f"{self.name}.{operation} declines: {why}")
             _log_once(f"{self.name}.{operation} falls back: {why}")
-            owner = next(each for each in type(self).__mro__ if each.__dict__.get(operation) is method)
+            # `unwrap`, because a test may have wrapped the method once more.
+            definitions = ((each, each.__dict__.get(operation, type)) for each in type(self).__mro__)
+            owner = next(each for each, definition in definitions if inspect.unwrap(definition) is override)
             return getattr(super(owner, self), operation)(*args, **kwargs)
 
         return method  # type: ignore[return-value]
@@ -254,15 +294,19 @@ def accelerates(declines: Callable[..., str | None]) -> Callable[[B], B]:
     return wrap
 
 
+def _shape(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
+    return [(each.name, each.kind, each.default) for each in inspect.signature(function).parameters.values()]
+
+
 @functools.cache
-def _log_once(message: str) -> None:
-    log.info(message)
+def _log_once(message: str, level: int = logging.INFO) -> None:
+    log.log(level, message)
 
 
 # -- the registry -----------------------------------------------------------------------------------------------------
 
-# "auto" takes the first of these that loads.
-PREFERENCE = ("cupy", "numba", "numpy")
+# "auto" takes the first of these that is installed and loads, else "numpy".
+PREFERENCE = ("cupy", "numba")
 
 
 def available_backends() -> dict[str, str]:
@@ -278,20 +322,25 @@ def available_backends() -> dict[str, str]:
 
 
 def get_backend(
-    name: str = "auto", *, dtype: str | None = None, strict: bool = False, threads: int | None = None
+    name: str = "auto",
+    *,
+    dtype: str | None = None,
+    strict: bool = False,
+    threads: int | None = None,
+    quantize: str | None = None,
 ) -> Backend:
     """The backend `name` ("auto": the fastest that loads), computing in `dtype`. BackendError says what to install."""
     if name != "auto":
-        return _load(name)(dtype, strict=strict, threads=threads)
+        return _load(name)(dtype, strict=strict, threads=threads, quantize=quantize)
     registered = _registered()
     for candidate in PREFERENCE:
         if candidate not in registered:
             continue
         try:
-            return _load(candidate)(dtype, strict=strict, threads=threads)
+            return _load(candidate)(dtype, strict=strict, threads=threads, quantize=quantize)
         except BackendError as error:
-            _log_once(f"backend auto: {error}")
-    return _load("numpy")(dtype, strict=strict, threads=threads)
+            _log_once(f"backend auto: {error}", logging.WARNING)
+    return _load("numpy")(dtype, strict=strict, threads=threads, quantize=quantize)
 
 
 def _registered() -> dict[str, Any]:
@@ -305,7 +354,10 @@ def _load(name: str) -> type[Backend]:
 
         return NumpyBackend
     if name not in registered:
-        raise BackendError(f"backend {name!r} is not installed; installed: {nearest(name, registered)}")
+        raise BackendError(
+            f"backend {name!r} is not installed; installed: {nearest(str(name), registered)}; "
+            "others come with packages that name it in the entry-point group npllm.backends"
+        )
     try:
         backend = registered[name].load()
     except Exception as error:

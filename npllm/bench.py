@@ -75,8 +75,11 @@ def measure(
     progress: Callable[[str], None] | None = None,
 ) -> list[Result]:
     """`pp` and `tg` of a model; a count of 0 leaves that test out."""
-    if repetitions < 1 or prompt_tokens < 0 or new_tokens < 0:
-        raise ArgumentError("bench needs at least one repetition, and token counts of at least 0")
+    if repetitions < 1 or prompt_tokens < 0 or new_tokens < 0 or prompt_tokens == new_tokens == 0:
+        raise ArgumentError("bench needs at least one repetition, and token counts of at least 0, not both 0")
+    longest = max(prompt_tokens + 1, new_tokens + 2)
+    if longest > llm.max_context:
+        raise ArgumentError(f"bench: {longest} tokens do not fit into the context of {llm.max_context}; ask for fewer")
     ids = np.random.default_rng(0).integers(0, llm.config.vocab_size, max(prompt_tokens, 1)).tolist()
     results = []
     if prompt_tokens:

@@ -6,9 +6,9 @@ after the other, and attention reads what each row then holds. Rows come and go:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from npllm.arrays import Array, Namespace
 from npllm.errors import ArgumentError, MemoryLimitError
@@ -45,14 +45,14 @@ class Rows:
     """The plan of one step: for each row its slot, the position of its first new token and how many it brings.
 
     M = sum(counts) new tokens lie packed row after row; a row may bring none. `positions_M` is an array of the backend.
-    `last` says whose logits are computed (W of them): those of all tokens (None), or for each row whether its last token's.
+    `wanted_W` are the indices, among the M, of the tokens whose logits are computed; None means all of them.
     """
 
     slots: tuple[int, ...]
     starts: tuple[int, ...]
     counts: tuple[int, ...]
     positions_M: Array
-    last: tuple[bool, ...] | None = None
+    wanted_W: Array | None = None
 
     def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
         """(slot, position of the first new token, begin, end) per row; begin:end cut the row out of the M tokens."""
@@ -63,16 +63,14 @@ class Rows:
 
     def wanted(self, x_MD: Array) -> Array:
         """The rows of `x_MD` whose logits are wanted -> x_WD."""
-        if self.last is None or (all(self.last) and all(count == 1 for count in self.counts)):
-            return x_MD
-        ends = [end - 1 for (_, _, begin, end), wanted in zip(self, self.last, strict=True) if wanted and end > begin]
-        return x_MD[ends]
+        return x_MD if self.wanted_W is None else x_MD[self.wanted_W]
 
 
 class Keys(NamedTuple):
     """What attention reads: storage over all slots, and per row of the step which slot, how many keys, from which position.
 
-    Key s of row r stands at position `firsts[r] + s`, for s < `counts[r]`.
+    Key s of row r stands at position `firsts[r] + s`, for s < `counts[r]`. `widen` names the dtype to widen bfloat16 bits
+    (uint16) to, where that is how they are stored.
     """
 
     k_BSGK: Array
@@ -80,11 +78,29 @@ class Keys(NamedTuple):
     slots: tuple[int, ...]
     counts: tuple[int, ...]
     firsts: tuple[int, ...]
+    widen: str | None = None
 
     def row(self, r: int) -> tuple[Array, Array, int]:
-        """Views of row r: k_SGK, v_SGV, and the position of their first key."""
+        """Row r: k_SGK, v_SGV (views, or widened copies), and the position of their first key."""
         slot, count = self.slots[r], self.counts[r]
-        return self.k_BSGK[slot, :count], self.v_BSGV[slot, :count], self.firsts[r]
+        k_SGK, v_SGV = self.k_BSGK[slot, :count], self.v_BSGV[slot, :count]
+        if self.widen is not None:
+            k_SGK, v_SGV = widen_bfloat16(k_SGK, self.widen), widen_bfloat16(v_SGV, self.widen)
+        return k_SGK, v_SGV, self.firsts[r]
+
+
+def round_to_bfloat16(xp: Namespace, x: Array) -> Array:
+    """The bits, uint16, of `x` (float32 or float64) rounded to nearest even; a NaN stays a NaN."""
+    bits = xp.asarray(x, dtype="float32").view("uint32")
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    # Rounding could carry a NaN's bits into infinity: it keeps the upper ones, with one set.
+    quiet = (bits >> 16) | 0x40
+    return xp.where(xp.isnan(x), quiet, rounded).astype("uint16")
+
+
+def widen_bfloat16(bits: Array, dtype: str) -> Array:
+    """The exact values of bfloat16 bits in `dtype`."""
+    return (bits.astype("uint32") << 16).view("float32").astype(dtype, copy=False)
 
 
 class LayerCache:
@@ -96,49 +112,49 @@ class LayerCache:
 
     def __init__(self, xp: Namespace, spec: LayerSpec, kv_dtype: str, compute_dtype: str) -> None:
         self.xp, self.spec, self.kv_dtype, self.compute_dtype = xp, spec, kv_dtype, compute_dtype
-        self.resize(0, 0)
+        self.k_BGSK, self.v_BGSV = self._empty(0, 0)
 
-    def resize(self, slots: int, size: int) -> None:
-        """Make room for `slots` rows of `size` tokens, keeping what is there."""
-        old = getattr(self, "k_BGSK", None), getattr(self, "v_BGSV", None)
+    def _empty(self, slots: int, size: int) -> tuple[Array, Array]:
         dtype = "uint16" if self.kv_dtype == "bfloat16" else self.kv_dtype
-        self.k_BGSK = self.xp.zeros((slots, self.spec.heads, size, self.spec.key_dim), dtype=dtype)
-        self.v_BGSV = self.xp.zeros((slots, self.spec.heads, size, self.spec.value_dim), dtype=dtype)
+        heads = slots, self.spec.heads, size
+        return (
+            self.xp.zeros((*heads, self.spec.key_dim), dtype=dtype),
+            self.xp.zeros((*heads, self.spec.value_dim), dtype=dtype),
+        )
+
+    def resize(self, slots: int, size: int, used: int) -> None:
+        """Make room for `slots` rows of `size` tokens, keeping the first `used` tokens of each."""
+        old, (self.k_BGSK, self.v_BGSV) = (self.k_BGSK, self.v_BGSV), self._empty(slots, size)
         for before, after in zip(old, (self.k_BGSK, self.v_BGSV), strict=True):
-            if before is not None:
-                after[: before.shape[0], :, : before.shape[2]] = before
+            after[: before.shape[0], :, :used] = before[:, :, :used]
 
     def append(self, k_MGK: Array, v_MGV: Array, rows: Rows) -> Keys:
         """Store the new tokens' keys and values; -> everything that the rows' queries may attend to."""
-        k_new, v_new = self._store(k_MGK), self._store(v_MGV)
+        if self.kv_dtype == "bfloat16":
+            k_MGK, v_MGV = round_to_bfloat16(self.xp, k_MGK), round_to_bfloat16(self.xp, v_MGV)
         counts = []
         for slot, start, begin, end in rows:
             stop = start + end - begin
-            self.k_BGSK[slot, :, start:stop] = k_new[begin:end].transpose(1, 0, 2)
-            self.v_BGSV[slot, :, start:stop] = v_new[begin:end].transpose(1, 0, 2)
+            self.k_BGSK[slot, :, start:stop] = k_MGK[begin:end].transpose(1, 0, 2)
+            self.v_BGSV[slot, :, start:stop] = v_MGV[begin:end].transpose(1, 0, 2)
             counts.append(stop)
-        return self._keys(rows.slots, tuple(counts))
+        k_BSGK, v_BSGV = self.k_BGSK.transpose(0, 2, 1, 3), self.v_BGSV.transpose(0, 2, 1, 3)
+        widen = self.compute_dtype if self.kv_dtype == "bfloat16" else None
+        return Keys(k_BSGK, v_BSGV, rows.slots, tuple(counts), (0,) * len(counts), widen)
 
-    def _keys(self, slots: tuple[int, ...], counts: tuple[int, ...]) -> Keys:
-        k, v = self.k_BGSK, self.v_BGSV
-        if self.kv_dtype == "bfloat16":
-            longest = max(counts, default=0)
-            k, v = self._widen(k[list(slots), :, :longest]), self._widen(v[list(slots), :, :longest])
-            slots = tuple(range(len(slots)))
-        return Keys(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), slots, counts, (0,) * len(counts))
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Let row `target` begin with the first `length` tokens of row `source`."""
+        self.k_BGSK[target, :, :length] = self.k_BGSK[source, :, :length]
+        self.v_BGSV[target, :, :length] = self.v_BGSV[source, :, :length]
 
-    def _store(self, x: Array) -> Array:
-        if self.kv_dtype != "bfloat16":
-            return x
-        bits = self.xp.asarray(x, dtype="float32").view("uint32")
-        # Round to nearest even; a NaN keeps its upper bits, with one set so that it stays a NaN.
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        quiet = (bits >> 16) | 0x40
-        return self.xp.where(self.xp.isnan(x), quiet, rounded).astype("uint16")
+    def contents(self, slot: int, length: int) -> dict[str, Array]:
+        """Copies of a row's first tokens: `k` [G, S, K] and `v` [G, S, V], in the storage type."""
+        return {"k": self.k_BGSK[slot, :, :length].copy(), "v": self.v_BGSV[slot, :, :length].copy()}
 
-    def _widen(self, bits: Array) -> Array:
-        wide = bits.astype("uint32") << 16
-        return wide.view("float32").astype(self.compute_dtype, copy=False)
+    def restore(self, slot: int, contents: Mapping[str, Array], length: int) -> None:
+        """Fill a row's first tokens with what `contents` gave."""
+        self.k_BGSK[slot, :, :length] = self.xp.asarray(contents["k"])
+        self.v_BGSV[slot, :, :length] = self.xp.asarray(contents["v"])
 
     @property
     def nbytes(self) -> int:
@@ -148,51 +164,74 @@ class LayerCache:
 class Cache:
     """The caches of all layers, and the lengths of their rows (host integers; positions reach kernels through `Rows`).
 
-    specs          one LayerSpec per layer.
-    kv_dtype       how keys and values are stored: float32, float64 or bfloat16; None: as they are computed.
-    max_context    no row grows beyond.
+    specs           one LayerSpec per layer.
+    compute_dtype   float32 or float64: what attention computes in.
+    kv_dtype        how keys and values are stored: float32, float64 or bfloat16; None: as they are computed.
+    max_context     no row grows beyond.
+    available       tells how many bytes can still be taken.
     """
 
     def __init__(
-        self, xp: Namespace, specs: Sequence[LayerSpec], compute_dtype: str, max_context: int, kv_dtype: str | None = None
+        self,
+        xp: Namespace,
+        specs: Sequence[LayerSpec],
+        compute_dtype: str,
+        max_context: int,
+        kv_dtype: str | None = None,
+        available: Callable[[], int] = available_memory,
     ) -> None:
         kv_dtype = kv_dtype or compute_dtype
         if kv_dtype not in KV_BYTES:
             raise ArgumentError(f"kv_dtype {kv_dtype!r} is unknown; choose one of {', '.join(KV_BYTES)}")
-        self.xp, self.specs, self.kv_dtype, self.max_context = xp, tuple(specs), kv_dtype, max_context
+        self.xp, self.specs, self.max_context, self.available = xp, tuple(specs), max_context, available
+        self.compute_dtype, self.kv_dtype = compute_dtype, kv_dtype
         self.layers = [LayerCache(xp, spec, kv_dtype, compute_dtype) for spec in specs]
         self.lengths: list[int] = []
-        self.unused: list[int] = []
+        self.unused: set[int] = set()
         self.size = 0
 
     def add(self) -> int:
         """A new empty row -> its slot."""
-        if self.unused:
-            return self.unused.pop()
-        self.lengths.append(0)
-        self._resize(len(self.lengths), self.size)
-        return len(self.lengths) - 1
+        return self._take(1)[0]
+
+    def _take(self, count: int) -> list[int]:
+        slots = [self.unused.pop() for _ in range(min(count, len(self.unused)))]
+        more = range(len(self.lengths), len(self.lengths) + count - len(slots))
+        if more:
+            self._resize(more.stop, self.size)
+            self.lengths += [0] * len(more)
+        return slots + list(more)
 
     def free(self, slot: int) -> None:
         """Give the row's slot back; its storage serves the next `add`."""
-        if slot in self.unused or not 0 <= slot < len(self.lengths):
-            raise ArgumentError(f"slot {slot} is not in use")
+        self._check(slot)
         self.lengths[slot] = 0
-        self.unused.append(slot)
+        self.unused.add(slot)
+
+    def _check(self, *slots: int) -> None:
+        for slot in slots:
+            if slot in self.unused or not 0 <= slot < len(self.lengths):
+                raise ArgumentError(f"slot {slot} is not in use")
 
     def truncate(self, slot: int, length: int) -> None:
         """Forget the tokens from position `length` on."""
+        self._check(slot)
         if not 0 <= length <= self.lengths[slot]:
             raise ArgumentError(f"cannot truncate a row of {self.lengths[slot]} tokens to {length}")
         self.lengths[slot] = length
 
     def fork(self, slot: int) -> int:
         """A new row that begins as a copy of `slot`."""
-        new = self.add()
-        length = self.lengths[new] = self.lengths[slot]
-        for layer in self.layers:
-            layer.k_BGSK[new, :, :length] = layer.k_BGSK[slot, :, :length]
-            layer.v_BGSV[new, :, :length] = layer.v_BGSV[slot, :, :length]
+        return self.spread(slot, 1)[0]
+
+    def spread(self, slot: int, copies: int) -> list[int]:
+        """So many new rows that begin as copies of `slot`."""
+        self._check(slot)
+        new = self._take(copies)
+        for target in new:
+            self.lengths[target] = self.lengths[slot]
+            for layer in self.layers:
+                layer.copy(slot, target, self.lengths[slot])
         return new
 
     def reserve(self, length: int) -> None:
@@ -203,23 +242,33 @@ class Cache:
             self._resize(len(self.lengths), capacity(length, self.max_context))
 
     def _resize(self, slots: int, size: int) -> None:
-        needed = slots * size * self.bytes_per_token
-        if needed > self.nbytes + available_memory():
+        needed, available = slots * size * self.bytes_per_token, self.available()
+        if needed > self.nbytes + available:
             raise MemoryLimitError(
                 f"the key/value cache of {slots} rows of {size} tokens needs {gibibytes(needed)}, "
-                f"{gibibytes(available_memory())} is available: lower max_context or the batch, or use kv_dtype='bfloat16'"
+                f"{gibibytes(available)} is available: lower max_context or the batch, or use kv_dtype='bfloat16'"
             )
+        used = max(self.lengths, default=0)
         for layer in self.layers:
-            layer.resize(slots, size)
+            layer.resize(slots, size, used)
         self.size = size
 
     def plan(self, slots: Sequence[int], counts: Sequence[int], last: Sequence[bool] | None = None) -> Rows:
-        """A step that brings `counts[r]` new tokens to the row in `slots[r]`; `last` as in `Rows`."""
+        """A step that brings `counts[r]` new tokens to the row in `slots[r]`.
+
+        `last` says for each row whether its last token's logits are wanted; None wants those of all tokens.
+        """
+        self._check(*slots)
+        if len(set(slots)) < len(slots):
+            raise ArgumentError("a step cannot hold one slot twice")
         starts = tuple(self.lengths[slot] for slot in slots)
         self.reserve(max((start + count for start, count in zip(starts, counts, strict=True)), default=0))
         positions = [start + i for start, count in zip(starts, counts, strict=True) for i in range(count)]
-        positions_M = self.xp.asarray(positions, dtype="int64")
-        return Rows(tuple(slots), starts, tuple(counts), positions_M, None if last is None else tuple(last))
+        rows = Rows(tuple(slots), starts, tuple(counts), self.xp.asarray(positions, dtype="int64"))
+        if last is None:
+            return rows
+        ends = [end - 1 for (_, _, begin, end), wanted in zip(rows, last, strict=True) if wanted and end > begin]
+        return replace(rows, wanted_W=self.xp.asarray(ends, dtype="int64"))
 
     def advance(self, rows: Rows) -> None:
         """The step is done: its tokens now belong to the rows. Until then a failed step leaves the cache as it was."""
@@ -235,19 +284,18 @@ class Cache:
         """Allocated bytes: rows x capacity x bytes_per_token."""
         return sum(layer.nbytes for layer in self.layers)
 
-    def contents(self, slot: int) -> dict[str, Any]:
-        """Copies of what the row holds: `layers.{i}.k` and `.v`, [G, S, K] and [G, S, V], in the storage type."""
-        length = self.lengths[slot]
+    def contents(self, slot: int) -> dict[str, Array]:
+        """Copies of what the row holds, in the storage type: `layers.{i}.{name}` for each name of the layer's cache."""
         return {
-            f"layers.{i}.{name}": array[slot, :, :length].copy()
+            f"layers.{i}.{name}": array
             for i, layer in enumerate(self.layers)
-            for name, array in (("k", layer.k_BGSK), ("v", layer.v_BGSV))
+            for name, array in layer.contents(slot, self.lengths[slot]).items()
         }
 
-    def restore(self, slot: int, contents: dict[str, Any], length: int) -> None:
+    def restore(self, slot: int, contents: Mapping[str, Array], length: int) -> None:
         """Fill an empty row with what `contents` gave."""
         self.reserve(length)
         for i, layer in enumerate(self.layers):
-            layer.k_BGSK[slot, :, :length] = self.xp.asarray(contents[f"layers.{i}.k"])
-            layer.v_BGSV[slot, :, :length] = self.xp.asarray(contents[f"layers.{i}.v"])
+            names = layer.contents(slot, 0)
+            layer.restore(slot, {name: contents[f"layers.{i}.{name}"] for name in names}, length)
         self.lengths[slot] = length

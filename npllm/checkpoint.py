@@ -39,16 +39,20 @@ LONGEST_HEADER = 100_000_000
 MOST_AXES = 64
 LONGEST_NAME = 200
 
+# How the text begins that Git leaves in place of a file that its LFS extension has not fetched.
+LFS_POINTER = b"version "
+
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Weight:
-    """A handle: one stored tensor, where it lies and how; never a copy of it.
+    """A handle: one stored tensor, what it is, where it lies and how; never a copy of it.
 
     `format` is the storage format (f64, f32, f16, bf16), `data` the mapped bytes as a NumPy array of the storage type
-    (bf16 as uint16), `source` the file, for errors.
+    (bf16 as uint16), `source` the file, for errors. `axes` and `part` are those of the model's spec (npllm.weights.Tensor):
+    a backend may treat an embedding, a matrix and a gain differently.
     """
 
     name: str
@@ -56,7 +60,9 @@ class Weight:
     format: str
     data: Array
     source: str = ""
-    mapping: mmap.mmap | None = field(default=None, repr=False, compare=False)
+    mapping: mmap.mmap | None = field(default=None, repr=False)
+    axes: str = ""
+    part: str = ""
 
     @classmethod
     def of(cls, name: str, array: Array) -> Weight:
@@ -84,7 +90,14 @@ class Weight:
 
     def transposed(self) -> Weight:
         """The same bytes seen as the transposed matrix."""
-        return replace(self, shape=self.shape[::-1], data=self.data.T)
+        return replace(self, shape=self.shape[::-1], data=self.data.T, axes=self.axes[::-1])
+
+    def equals(self, other: Weight) -> bool:
+        """Whether both hold the same values in the same format."""
+        if (self.shape, self.format) != (other.shape, other.format):
+            return False
+        # Row by row: neither file need be in memory as a whole.
+        return all(np.array_equal(mine, theirs) for mine, theirs in zip(self.data, other.data, strict=True))
 
     def release(self) -> None:
         """Tell the system that the file's pages are not needed: a widened copy has taken their place."""
@@ -157,6 +170,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], int, int]:
             if len(prefix) < 8:
                 raise CheckpointError(f"{path}: {size} bytes is too short for a safetensors file; download it again")
             length = int.from_bytes(prefix, "little")
+            if prefix == LFS_POINTER:
+                raise CheckpointError(f"{path}: is a pointer of Git LFS, not the weights; fetch them with: git lfs pull")
             if length > LONGEST_HEADER:
                 raise CheckpointError(f"{path}: header of {length} bytes is beyond the limit of {LONGEST_HEADER}")
             if 8 + length > size:
@@ -272,6 +287,9 @@ def find_weights(folder: Path) -> dict[Path, list[str] | None]:
     single = folder / "model.safetensors"
     if single.is_file():
         return {single: None}
+    for path in (index, single):
+        if path.is_symlink():
+            raise CheckpointError(f"{path}: is a link to {path.readlink()}, which is missing; download it again")
     pickles = [name for name in PICKLES if (folder / name).exists()] or _names(folder, *PICKLE_SUFFIXES)
     if pickles:
         raise CheckpointError(
@@ -284,7 +302,10 @@ def find_weights(folder: Path) -> dict[Path, list[str] | None]:
 
 
 def _names(folder: Path, *suffixes: str) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.suffix in suffixes)
+    try:
+        return sorted(path.name for path in folder.iterdir() if path.suffix in suffixes)
+    except OSError as bad:
+        raise CheckpointError(f"{folder}: cannot be listed ({bad.strerror})") from None
 
 
 def _read_index(index: Path) -> dict[Path, list[str] | None]:

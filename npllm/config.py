@@ -196,13 +196,17 @@ ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
 
 def read_rope(reader: Reader, dim: int, *, theta: float, positions: int) -> Rope:
-    """RoPE from `rope_parameters`, or else `rope_theta` with `rope_scaling`; `theta` is the class default.
+    """RoPE from `rope_parameters`, or `rope_theta` with `rope_scaling`; `theta` is the class default.
 
-    `positions` (`max_position_embeddings`) stands in for a missing `original_max_position_embeddings`.
+    Where both are there, `rope_scaling` counts, as in transformers. `positions` (`max_position_embeddings`) stands in for a
+    missing `original_max_position_embeddings`.
     """
     theta = reader.real("rope_theta", theta)
-    scaling = reader.section("rope_scaling")
-    parameters = reader.section("rope_parameters") or scaling
+    scaling, parameters = reader.section("rope_scaling"), reader.section("rope_parameters")
+    if scaling is not None and scaling.values:
+        if parameters is not None:
+            log.warning("%s: rope_scaling takes the place of rope_parameters, its rope_theta included", reader.name)
+        parameters = scaling
     reader.only("partial_rotary_factor", 1.0)
     if parameters is None:
         return _usable(Rope(dim=dim, theta=theta), reader)
@@ -234,13 +238,13 @@ def _read_rope_section(section: Reader, dim: int, theta: float, positions: int, 
         return Rope(dim=dim, theta=theta)
     if section.raw("factor") is None:
         raise ConfigError(f"{section.name}: rope type {kind!r} needs a factor")
-    fallback = outer.integer("original_max_position_embeddings", positions)
+    original = section.integer("original_max_position_embeddings", positions)
     return Rope(
         dim=dim,
         theta=theta,
         kind=kind,
         factor=section.real("factor", 1.0),
-        original=section.integer("original_max_position_embeddings", fallback),
+        original=outer.integer("original_max_position_embeddings", original),
         low_freq_factor=section.real("low_freq_factor", 1.0),
         high_freq_factor=section.real("high_freq_factor", 4.0),
         beta_fast=section.real("beta_fast", 32.0),

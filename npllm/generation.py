@@ -6,7 +6,7 @@ A row first brings its prompt, in pieces, then one token per step. Finished rows
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
@@ -21,22 +21,24 @@ from npllm.sampling import Alternative, Sampler, Sampling, alternatives, log_sof
 from npllm.tokenizer import StopStrings, TextStream, Tokenizer
 
 if TYPE_CHECKING:
-    from npllm.llm import Model
+    from npllm.model import Model
 
 # Prompt tokens per step: enough for the matrix products to run at full speed, few enough to bound activations.
 PREFILL = 512
 
 
 class State(NamedTuple):
-    """What one step works on: packed new tokens, the plan of their rows, the cache, and how tokens are drawn.
+    """What one step works on: packed new tokens, the plan of their rows, the cache, and who draws.
 
-    `sample` takes the wanted logits [W, N] (NumPy) and gives a token for each, int64 [W].
+    `samplers` holds one Sampler for each row whose last token's logits are wanted (W of them), in the order of the rows.
+    `logprobs` says whether a row asked for log-probabilities, so that the logits have to come back.
     """
 
     tokens_M: Array
     rows: Rows
     cache: Cache
-    sample: Callable[[Array], Array]
+    samplers: tuple[Sampler, ...]
+    logprobs: bool
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,12 @@ class Options(TypedDict, total=False):
 
     max_tokens      length of the answer; default: max_new_tokens of generation_config.json, else 256.
     temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias, seed
-                    as in npllm.sampling.Sampling; default: generation_config.json where it samples, else greedy. top_k,
-                    top_p or min_p without a temperature mean temperature 1.
+                    as in npllm.sampling.Sampling; default: generation_config.json where it samples (a key that it lacks
+                    restricts nothing), else greedy. top_k, top_p or min_p without a temperature mean temperature 1.
     logprobs        k >= 0: log-probabilities of the tokens, each with its k likeliest alternatives.
     stop            a string, or strings, that end the answer; they are no part of it.
     stop_ids        token ids that end it, besides those of generation_config.json (or config.json's eos_token_id).
-    ignore_eos      not even those end it.
+    ignore_eos      the model's own stop ids do not end it.
     """
 
     max_tokens: int | None
@@ -161,7 +163,7 @@ class Row:
     def usage(self) -> Usage:
         return Usage(len(self.prompt), len(self.tokens), self.cached)
 
-    def accept(self, token: int, logits_N: Array) -> Piece:
+    def accept(self, token: int, logits_N: Array | None) -> Piece:
         """Take the token just drawn; -> its piece of text, with the reason if the row ends here."""
         self.tokens.append(token)
         self.pending = [token]
@@ -188,8 +190,8 @@ class Row:
             self.finish_reason, self.stop = "stop", self.stops.found
         return text
 
-    def _logprob(self, token: int, logits_N: Array) -> TokenLogprob | None:
-        if self.limits.logprobs is None:
+    def _logprob(self, token: int, logits_N: Array | None) -> TokenLogprob | None:
+        if self.limits.logprobs is None or logits_N is None:
             return None
         logprobs_N = log_softmax(logits_N)
         return TokenLogprob(token, float(logprobs_N[token]), alternatives(logprobs_N, self.limits.logprobs))
@@ -243,10 +245,10 @@ class Batch:
             leader.pending = leader.pending[:-1]
         while waiting := [row for row in leaders if row.pending]:
             self._forward(self._share(waiting), drawing=[])
-        for i, row in enumerate(rows):
-            leader = rows[i - i % copies]
-            if row is not leader:
-                row.slot, row.cached = self.cache.fork(leader.slot), leader.cached
+        for leader, followers in ((rows[i], rows[i + 1 : i + copies]) for i in range(0, len(rows), copies)):
+            for row, slot in zip(followers, self.cache.spread(leader.slot, copies - 1), strict=True):
+                row.slot, row.cached = slot, leader.cached
+        for row in rows:
             row.pending = [row.prompt[-1]]
 
     @staticmethod
@@ -273,21 +275,20 @@ class Batch:
         start = time.perf_counter()
         rows, counts = [row for row, _ in taken], [size for _, size in taken]
         tokens = [token for row, size in taken for token in row.pending[:size]]
-        plan = self.cache.plan([row.slot for row in rows], counts, [any(row is d for d in drawing) for row in rows])
-        kept: list[Array] = []
-
-        def sample(logits_WN: Array) -> Array:
-            kept.append(logits_WN)
-            drawn = [row.sampler.draw(logits_N) for row, logits_N in zip(drawing, logits_WN, strict=True)]
-            return np.array(drawn, dtype=np.int64)
-
-        state = State(self.backend.asarray(tokens, dtype="int64"), plan, self.cache, sample)
-        drawn = self.backend.step(self.model, state)
+        wanted = {id(row) for row in drawing}
+        plan = self.cache.plan([row.slot for row in rows], counts, [id(row) in wanted for row in rows])
+        tokens_M = self.backend.asarray(tokens, dtype="int64")
+        samplers = tuple(row.sampler for row in drawing)
+        logprobs = any(row.limits.logprobs is not None for row in drawing)
+        drawn = self.backend.step(self.model, State(tokens_M, plan, self.cache, samplers, logprobs))
         prefilling = any(not row.tokens for row in rows)
         for row, size in taken:
             row.pending = row.pending[size:]
-        pieces = [row.accept(int(t), logits) for row, t, logits in zip(drawing, drawn, kept[0], strict=True)]
-        self._count(time.perf_counter() - start, len(tokens), len(drawn), prefilling)
+        logits_WN = [None] * len(drawing) if drawn.logits_WN is None else drawn.logits_WN
+        pieces = [
+            row.accept(int(token), logits) for row, token, logits in zip(drawing, drawn.tokens_W, logits_WN, strict=True)
+        ]
+        self._count(time.perf_counter() - start, len(tokens), len(pieces), prefilling)
         return pieces
 
     def _count(self, seconds: float, tokens: int, drawn: int, prefilling: bool) -> None:

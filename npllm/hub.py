@@ -7,6 +7,7 @@ final name only once it is whole.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import re
@@ -86,7 +87,7 @@ def fetch(
     cache serves, with a warning. Raises HubError.
     """
     if not looks_like_hub_id(model_id):
-        raise HubError(f"{model_id!r} looks like neither a folder nor a hub id (owner/name)")
+        raise HubError(f"{model_id!r}: no such folder, nor spelled like a hub id (owner/name)")
     repository = Repository(model_id, revision or "main", cache_dir, endpoint)
     wanted = Wanted(config_only, pickles, check)
     folder = repository.cached(repository.revision)
@@ -163,12 +164,13 @@ class Repository:
         def attempt() -> str:
             return hf_hub_download(self.model_id, name, revision=revision, cache_dir=self.cache_dir, endpoint=self.endpoint)
 
-        for pause in PAUSES:
-            try:
-                return Path(self._ask(attempt, name))
-            except BrokenTransferError:
-                time.sleep(pause)
-        return Path(self._ask(attempt, name))
+        with _without_their_remarks():
+            for pause in PAUSES:
+                try:
+                    return Path(self._ask(attempt, name))
+                except BrokenTransferError:
+                    time.sleep(pause)
+            return Path(self._ask(attempt, name))
 
     def cached(self, revision: str) -> Path | None:
         """The folder of `revision` in the cache, if config.json is there."""
@@ -193,10 +195,11 @@ class Repository:
         refusal = self._refusal(problem, file)
         if refusal is not None:
             return HubError(refusal)
-        if isinstance(problem, OSError) and problem.errno in UNWRITABLE:
+        # Only an error of the file system names a file.
+        if isinstance(problem, OSError) and (problem.errno in UNWRITABLE or problem.filename is not None):
             where = self.cache_dir or constants.HF_HUB_CACHE
             return HubError(
-                f"cannot write {file} to {where} ({problem.strerror}): free space there or set HF_HOME to another disk"
+                f"cannot write {file or 'files'} to {where} ({problem.strerror}): free space there or set HF_HOME to another disk"
             )
         reason = " ".join(str(problem).split())[:200] or type(problem).__name__
         if file is None:
@@ -233,6 +236,21 @@ class Repository:
         if status in (401, 403):
             return f"{self.address} refuses {self.model_id} ({status}): set HF_TOKEN to a valid token with access to it"
         return None if status is None else f"{self.address} answers {status} for {self.model_id}: try again later"
+
+
+@contextlib.contextmanager
+def _without_their_remarks() -> Iterator[None]:
+    """Keep huggingface_hub from writing two lines at every transfer that breaks off: the error says it in one."""
+
+    def ours(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("Error while downloading")
+
+    logger = logging.getLogger("huggingface_hub.file_download")
+    logger.addFilter(ours)
+    try:
+        yield
+    finally:
+        logger.removeFilter(ours)
 
 
 def _from_cache(folder: Path | None, wanted: Wanted, problem: HubError) -> Path:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
+import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,7 +17,7 @@ from npllm.backend import Backend
 from npllm.cache import Cache
 from npllm.checkpoint import fingerprint
 from npllm.config import shown
-from npllm.errors import ArgumentError, ContextError, MemoryLimitError, TokenizerError
+from npllm.errors import ArgumentError, ContextError, TokenizerError
 from npllm.generation import (
     PREFILL,
     Batch,
@@ -34,13 +34,13 @@ from npllm.generation import (
     stop_strings,
     stop_tokens,
 )
-from npllm.machine import available_memory, gibibytes
-from npllm.models import Architecture, Described
+from npllm.model import Model, check_memory
+from npllm.models import Described
 from npllm.promptcache import PromptCache
 from npllm.sampling import Sampling, check_finite, log_softmax, whole
 from npllm.tokenizer import Tokenizer
 from npllm.trace import Trace, tracing
-from npllm.weights import Spec, build_tree, count_parameters, random_weights
+from npllm.weights import build_tree, random_weights
 
 Prompt = str | Sequence[int] | Array
 
@@ -52,32 +52,6 @@ RESERVED = {"conversation", "messages", "template", "tools", "tokenize", "specia
 
 # Logits that `score` holds at once.
 SCORE_BYTES = 64 << 20
-
-
-@dataclass(frozen=True)
-class Model:
-    """An architecture with its configuration and prepared weights."""
-
-    architecture: Architecture
-    config: Any
-    weights: Any
-    spec: Spec
-
-    def run(self, be: Backend, tokens_M: Array, rows: Any, cache: Cache) -> Array:
-        """One forward pass -> logits_WN; the rows' lengths in `cache` grow only when it has succeeded."""
-        # A damaged weight is reported by name of what it spoils (NumericsError), not by a warning of NumPy's.
-        with be.limited(len(tokens_M), self.parameters), np.errstate(over="ignore", invalid="ignore"):
-            logits_WN = self.architecture.forward(be, self.config, self.weights, tokens_M, rows, cache)
-        cache.advance(rows)
-        return logits_WN
-
-    @functools.cached_property
-    def parameters(self) -> int:
-        """Parameters of the model; a tied head counts once."""
-        return count_parameters(self.spec)
-
-    def new_cache(self, be: Backend, max_context: int, kv_dtype: str | None) -> Cache:
-        return Cache(be.xp, self.architecture.cache_spec(self.config), be.dtype, max_context, kv_dtype)
 
 
 @dataclass(frozen=True)
@@ -108,16 +82,6 @@ class Defaults:
     max_tokens: int | None = None
 
 
-def check_memory(be: Backend, spec: Spec, name: str) -> None:
-    """MemoryLimitError, before anything is allocated, when the prepared weights exceed the memory that is free."""
-    needed, available = be.bytes_needed(spec), available_memory()
-    if needed > available:
-        raise MemoryLimitError(
-            f"{name}: {count_parameters(spec):,} weights need {gibibytes(needed)} as {be.dtype}, {gibibytes(available)} "
-            f"of memory is available: free some, take a smaller model" + ("" if be.dtype == "float32" else ", or float32")
-        )
-
-
 class LLM:
     """A loaded model. Made by `npllm.load`, or by `LLM.random` for tests and benchmarks.
 
@@ -144,13 +108,14 @@ class LLM:
         self.max_context = trained if max_context is None else min(whole("max_context", max_context, 1), trained)
         self._trace: Trace | None = None
         self._conversation: PromptCache | None = None
+        self._lock = threading.Lock()
         model.new_cache(backend, self.max_context, kv_dtype)  # refuses an unknown kv_dtype now, not at the first prompt
 
     @classmethod
     def random(cls, described: Described, backend: Backend, *, seed: int = 0, **kwargs: Any) -> LLM:
         """A model with random weights: nothing sensible to say, but every product to compute."""
         spec = described.architecture.weight_spec(described.config)
-        check_memory(backend, spec, "random weights")
+        check_memory(backend, [tensor for tensor in spec.values() if tensor.alias is None], "random weights")
         weights = random_weights(spec, seed)
         tree = build_tree(spec, weights, backend.prepare)
         model = Model(described.architecture, described.config, tree, spec)
@@ -291,7 +256,8 @@ class LLM:
         options         as in `generate`.
         """
         ids = self._ids(self.chat_tokens(messages, tools=tools, template_args=template_args))
-        run = self._start([ids], 1, cache, options, keep=cache is None)
+        # A trace wants to see the whole prompt, and what it patches must not outlive it in a cache.
+        run = self._start([ids], 1, cache, options, keep=cache is None and self._trace is None)
         return Stream(*run) if stream else collect(*run)[0]
 
     def chat_tokens(
@@ -302,10 +268,21 @@ class LLM:
         template_args: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """The token ids that `chat` generates from."""
+        prompt = self.chat_prompt(messages, tools=tools, template_args=template_args)
+        return self.tokenizer.encode(prompt, add_special_tokens=False)
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Any] | None = None,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The text that `chat` generates from, special tokens included."""
         arguments = {"add_generation_prompt": True} | dict(template_args or {})
         if taken := sorted(RESERVED & arguments.keys()):
             raise ArgumentError(f"template_args: {', '.join(taken)} cannot be set, npllm sets it")
-        return self.tokenizer.apply_chat_template(messages, tools=tools, **arguments)  # type: ignore[return-value]
+        return str(self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **arguments))
 
     def _prompts(self, prompt: Any) -> tuple[list[list[int]], bool]:
         """Token ids of each prompt, and whether a single one was given."""
@@ -332,7 +309,9 @@ class LLM:
             raise ArgumentError(f"unknown argument: {', '.join(unknown)}")
         rows = new_rows(prompts, copies, sampling, limits, self.config.vocab_size, self._tokenizer)
         if keep:
-            reuse, self._conversation = self._conversation or self.prompt_cache(), None
+            reuse = self._take_conversation()
+        elif reuse is not None:
+            self._check_cache(reuse)
         cache = self.new_cache() if reuse is None else reuse.cache
         batch = Batch(self.model, tracing(self.backend, self._trace), cache)
         for leader in rows[::copies]:
@@ -343,6 +322,20 @@ class LLM:
                 leader.pending = leader.prompt[leader.cached :]
         pieces = batch.run(rows, copies)
         return rows, pieces if reuse is None else self._reusing(reuse, reuse.runs, pieces, rows[0], keep), batch.clock
+
+    def _take_conversation(self) -> PromptCache:
+        """The cache of the conversation before this one, out of reach of other threads until the run has ended."""
+        with self._lock:
+            cache, self._conversation = self._conversation, None
+        return cache or self.prompt_cache()
+
+    def _check_cache(self, cache: PromptCache) -> None:
+        if not isinstance(cache, PromptCache):
+            raise ArgumentError(f"cache = {shown(cache)} must be a prompt_cache() of this model")
+        if differs := cache.differences(self.prompt_cache()):
+            raise ArgumentError(f"cache: it belongs to another model or setting ({', '.join(differs)} differ)")
+        if self._trace is not None and self._trace.patches:
+            raise ArgumentError("cache: it would keep what the trace's patches change; leave it out while patching")
 
     def _reusing(
         self, cache: PromptCache, run: int, pieces: Iterator[tuple[int, Piece]], row: Row, keep: bool

@@ -11,7 +11,8 @@ from npllm.backend import Backend, get_backend
 from npllm.checkpoint import Checkpoint, Weight, fingerprint
 from npllm.config import Reader, read_json
 from npllm.errors import ArgumentError, ConfigError, TokenizerError
-from npllm.llm import LLM, Defaults, Model, check_memory
+from npllm.llm import LLM, Defaults
+from npllm.model import Model, check_memory
 from npllm.models import Described, read_config
 from npllm.sampling import Sampling
 from npllm.tokenizer import Tokenizer
@@ -43,9 +44,7 @@ def load(
 
     ConfigError, CheckpointError, TokenizerError, HubError, MemoryLimitError, BackendError say in one line what is wrong.
     """
-    be = get_backend(backend, dtype=dtype, strict=strict, threads=threads)
-    if quantize is not None:
-        raise ArgumentError(f"quantize = {quantize!r}: the {be.name} backend does not quantise; leave it None")
+    be = get_backend(backend, dtype=dtype, strict=strict, threads=threads, quantize=quantize)
     if weights not in ("auto", "memory"):
         raise ArgumentError(f"weights = {weights!r}: the {be.name} backend keeps weights in memory; use 'auto' or 'memory'")
     folder = locate(source, revision)
@@ -54,7 +53,7 @@ def load(
     defaults = read_defaults(folder, described)
     spec = described.architecture.weight_spec(described.config)
     handles = match(spec, Checkpoint(folder), getattr(described.architecture, "BUFFERS", None))
-    check_memory(be, spec, str(source or "the shipped model"))
+    check_memory(be, handles.values(), str(source or "the shipped model"))
     identity = fingerprint(handles)
     tree = _prepare(be, spec, handles)
     model = Model(described.architecture, described.config, tree, spec)
@@ -100,6 +99,8 @@ def _existing(source: str | Path) -> Path | None:
     try:
         path = Path(source).expanduser()
         return path if path.exists() else None
+    except PermissionError as bad:
+        raise ConfigError(f"{path}: cannot be read ({bad.strerror})") from None
     except (OSError, RuntimeError):  # too long for a name; the home of a user who does not exist
         return None
 
@@ -125,6 +126,14 @@ def _read_tokenizer(folder: Path, vocabulary: int) -> Tokenizer | None:
     return tokenizer
 
 
+# What transformers would do with these keys of generation_config.json is not done here, unless they hold these values.
+WITHOUT_EFFECT = {
+    "no_repeat_ngram_size": 0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "num_beams": 1,
+    "bad_words_ids": None, "suppress_tokens": None, "begin_suppress_tokens": None, "forced_bos_token_id": None,
+    "forced_eos_token_id": None, "min_length": 0, "min_new_tokens": None, "penalty_alpha": None, "guidance_scale": None,
+}  # fmt: skip
+
+
 def read_defaults(folder: Path, described: Described) -> Defaults:
     """`generation_config.json`, with `config.json`'s eos_token_id where it says nothing of stop ids."""
     path = folder / "generation_config.json"
@@ -138,6 +147,9 @@ def read_defaults(folder: Path, described: Described) -> Defaults:
     sampling["repetition_penalty"] = reader.real("repetition_penalty", 1.0)
     stop_ids = _stop_ids(reader) or _stop_ids(Reader(described.values, str(folder / "config.json")))
     max_tokens = reader.integer("max_new_tokens", 0) or None
+    ignored = [key for key, idle in WITHOUT_EFFECT.items() if reader.raw(key) not in (None, idle)]
+    if ignored:
+        log.warning("%s: these keys have no effect here: %s", path, ", ".join(ignored))
     try:
         Sampling(**sampling)
     except ArgumentError as bad:

@@ -62,6 +62,12 @@ def cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
+def default_threads() -> int:
+    """Threads where the user names none: OMP_NUM_THREADS, else all cores."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(int(asked), cores()) if asked.isdigit() and int(asked) else cores()
+
+
 def cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

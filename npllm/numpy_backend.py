@@ -16,11 +16,10 @@ import numpy as np
 from npllm import blocks, parallel
 from npllm.arrays import Array
 from npllm.backend import Backend, Norm
-from npllm.blocks.ffn import Activation
 from npllm.blocks.masks import Mask
 from npllm.blocks.rope import Angles
 from npllm.cache import Keys, Rows
-from npllm.machine import cores
+from npllm.machine import default_threads
 from npllm.weights import GatedFFN, Linear
 
 # Tokens from which a step is cut into parts.
@@ -37,16 +36,14 @@ FEATURES = 256
 class NumpyBackend(Backend):
     """The canon on NumPy, in parts: the same sums, cut where no sum is cut."""
 
-    def __init__(self, dtype: str | None = None, *, strict: bool = False, threads: int | None = None) -> None:
-        super().__init__(dtype, strict=strict, threads=threads)
-        parallel.keep_freed_memory()
-
     @property
     def parts(self) -> int:
-        return self.threads or cores()
+        return self.threads or default_threads()
 
     def limited(self, tokens: int, parameters: int) -> contextlib.AbstractContextManager[None]:
         """BLAS keeps to `threads`, or to one in a step that is cut into parts, or that is too small to share."""
+        if tokens >= SPLIT:
+            parallel.keep_freed_memory()
         alone = tokens >= SPLIT or tokens * parameters < SMALL_STEP
         return parallel.blas_threads(1 if alone else self.threads)
 
@@ -55,8 +52,8 @@ class NumpyBackend(Backend):
             return block(*arrays)
         return parallel.rowwise(block, self.parts, *arrays)
 
-    def rms_norm(self, x_D: Array, w: Linear, /, eps: float) -> Array:
-        return self._rowwise(lambda x: blocks.rms_norm(np, x, w.weight, eps), x_D)
+    def rms_norm(self, x_D: Array, w: Linear | None, /, eps: float, offset: float = 0.0) -> Array:
+        return self._rowwise(lambda x: blocks.rms_norm(np, x, w and w.weight, eps, offset), x_D)
 
     def layer_norm(self, x_D: Array, w: Linear, /, eps: float) -> Array:
         return self._rowwise(lambda x: blocks.layer_norm(np, x, w.weight, w.bias, eps), x_D)
@@ -66,7 +63,7 @@ class NumpyBackend(Backend):
         return self._rowwise(lambda x, cos, sin: rotate(np, x, Angles(cos, sin)), x_MHK, *angles)
 
     def linear(self, x_MD: Array, w: Linear, /, residual_MF: Array | None = None) -> Array:
-        if len(x_MD) < SPLIT or x_MD.size * len(w.weight) < SMALL_PRODUCT:
+        if x_MD.size * len(w.weight) < SMALL_PRODUCT or (len(x_MD) < SPLIT and not parallel.blas_is_alone()):
             return super().linear(x_MD, w, residual_MF)
         y_MF = np.empty((len(x_MD), len(w.weight)), x_MD.dtype)
 
@@ -89,7 +86,7 @@ class NumpyBackend(Backend):
         return out_MHV
 
     def gated_ffn(
-        self, x_MD: Array, w: GatedFFN, /, act: Activation, *, norm: Norm | None = None, residual_MD: Array | None = None
+        self, x_MD: Array, w: GatedFFN, /, act: str, *, norm: Norm | None = None, residual_MD: Array | None = None
     ) -> Array:
         inner = len(w.gate_proj.weight)
         if len(x_MD) < SPLIT or x_MD.size * inner < SMALL_PRODUCT:
@@ -101,7 +98,7 @@ class NumpyBackend(Backend):
             gate, up = np.empty((2, len(h_MD), part.stop - part.start), h_MD.dtype)
             _linear(h_MD, w.gate_proj, part, gate)
             _linear(h_MD, w.up_proj, part, up)
-            np.multiply(act(np, gate), up, out=hidden_MF[:, part])
+            np.multiply(blocks.ACTIVATIONS[act](np, gate), up, out=hidden_MF[:, part])
 
         parallel.each(features, parallel.split(inner, max(self.parts, inner // FEATURES)), self.parts)
         return self.linear(hidden_MF, w.down_proj, residual_MD)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import ctypes
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from npllm.arrays import Array
-from npllm.machine import cores
 
 # Below this many elements, handing work to a thread costs more than it saves.
 SMALL = 1 << 16
@@ -24,14 +25,15 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="npllm")
 
 
-def each(work: Callable[[Any], Any], items: Sequence[Any], threads: int | None) -> None:
-    """`work` on every item, over threads (None: all cores); returns when all are done."""
-    threads = min(threads or cores(), len(items))
-    if threads <= 1:
+def each(work: Callable[[Any], Any], items: Sequence[Any], threads: int) -> None:
+    """`work` on every item, over threads; returns when all are done. NumPy's `errstate` of the caller holds in them."""
+    if threads <= 1 or len(items) <= 1:
         for item in items:
             work(item)
-    else:
-        list(_pool(threads).map(work, items))
+        return
+    contexts = [contextvars.copy_context() for _ in items]
+    for _ in _pool(threads).map(lambda context, item: context.run(work, item), contexts, items):
+        pass
 
 
 def split(length: int, parts: int) -> list[slice]:
@@ -39,7 +41,7 @@ def split(length: int, parts: int) -> list[slice]:
     return [slice(i * length // parts, (i + 1) * length // parts) for i in range(parts)]
 
 
-def rowwise(block: Callable[..., Array], threads: int | None, *arrays: Array) -> Array:
+def rowwise(block: Callable[..., Array], threads: int, *arrays: Array) -> Array:
     """`block(*arrays)` for a block that treats each index of the first axis apart and keeps the first array's shape."""
     if arrays[0].size < SMALL:
         return block(*arrays)
@@ -49,7 +51,7 @@ def rowwise(block: Callable[..., Array], threads: int | None, *arrays: Array) ->
         out[rows] = block(*(array[rows] for array in arrays))
 
     # One part per thread: smaller ones would have the threads wait for the interpreter's lock in turns.
-    each(part, split(len(out), threads or cores()), threads)
+    each(part, split(len(out), threads), threads)
     return out
 
 
@@ -111,5 +113,18 @@ class _BlasThreads:
         for library, number in zip(self.libraries, numbers, strict=True):
             library.set_num_threads(number)
 
+    def alone(self) -> bool:
+        """Whether BLAS is kept to one thread just now."""
+        return self.limits[-1:] == [1]
 
-blas_threads = _BlasThreads().limited
+    def forget(self) -> None:
+        """In the child of a fork: its threads, and so their limits, are gone."""
+        self.lock, self.limits = threading.Lock(), []
+
+
+_blas = _BlasThreads()
+blas_threads, blas_is_alone = _blas.limited, _blas.alone
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+    os.register_at_fork(after_in_child=_blas.forget)

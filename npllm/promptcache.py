@@ -60,8 +60,18 @@ class PromptCache:
             self.tokens = list(tokens[: self.cache.lengths[self.slot]])
 
     def _about(self) -> dict[str, str]:
-        shapes = [list(spec) for spec in self.cache.specs]
-        return {"format": FORMAT, "model": self.model, "kv_dtype": self.cache.kv_dtype, "layers": json.dumps(shapes)}
+        return {
+            "format": FORMAT,
+            "model": self.model,
+            "dtype": self.cache.compute_dtype,
+            "kv_dtype": self.cache.kv_dtype,
+            "layers": json.dumps([list(spec) for spec in self.cache.specs]),
+        }
+
+    def differences(self, other: PromptCache) -> list[str]:
+        """What keeps this cache from standing in for `other`: names of "model", "dtype", "kv_dtype", "layers"."""
+        theirs = other._about()
+        return [name for name, value in self._about().items() if theirs[name] != value]
 
     def save(self, path: str | Path) -> None:
         """Write tokens, keys and values as safetensors; the file appears whole or not at all."""

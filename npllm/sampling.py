@@ -31,6 +31,16 @@ class Alternative(NamedTuple):
     logprob: float
 
 
+class Drawn(NamedTuple):
+    """The tokens of a step, int64 [W], and the logits they were drawn from, NumPy [W, N].
+
+    A backend that draws on its device may leave the logits out where no row asked for log-probabilities.
+    """
+
+    tokens_W: Array
+    logits_WN: Array | None
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How a token is chosen.
@@ -40,7 +50,7 @@ class Sampling:
     top_p                keep the smallest set of most likely tokens whose probabilities reach top_p, in (0, 1].
     min_p                keep tokens at least min_p times as likely as the most likely one, in [0, 1].
     repetition_penalty   divides positive and multiplies negative logits of tokens seen in prompt or answer (Keskar et al.
-                         2019, arXiv 1909.05858); 1 is none.
+                         2019, arXiv 1909.05858), in [0.01, 100]; 1 is none.
     presence_penalty     subtracted from the logit of every token of the answer so far, in [-2, 2].
     frequency_penalty    subtracted once per occurrence in the answer so far, in [-2, 2].
     logit_bias           token id -> added to its logit; -inf bans it.
@@ -61,7 +71,7 @@ class Sampling:
         _between("temperature", self.temperature, 0, 100)
         _between("top_p", self.top_p, 0, 1, open_below=True)
         _between("min_p", self.min_p, 0, 1)
-        _between("repetition_penalty", self.repetition_penalty, 0, 100, open_below=True)
+        _between("repetition_penalty", self.repetition_penalty, 0.01, 100)
         _between("presence_penalty", self.presence_penalty, -2, 2)
         _between("frequency_penalty", self.frequency_penalty, -2, 2)
         whole("top_k", self.top_k, 0)

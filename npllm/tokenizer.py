@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,22 +88,16 @@ class Tokenizer:
         return found
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, with the tokens that the model wants around it (BOS, EOS) unless told otherwise.
+        """Token ids of `text`, with the tokens that tokenizer.json puts around it (BOS, EOS) unless told otherwise.
 
-        As in transformers 5, `add_bos_token` and `add_eos_token` of tokenizer_config.json, where they stand, outrank what
-        tokenizer.json says. Unlike there, a text that begins with BOS gets no second one.
+        As in transformers 5, `add_bos_token` and `add_eos_token` of tokenizer_config.json have no effect beside a
+        tokenizer.json. Unlike there, a text that begins with BOS gets no second one.
         """
-        flags = [self.settings.get(key) for key in ("add_bos_token", "add_eos_token")]
-        told = any(isinstance(flag, bool) for flag in flags)
         with _translated("the text cannot be encoded"):
-            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens and not told).ids
-        if not add_special_tokens:
-            return ids
-        bos, eos = self._special_id("bos_token"), self._special_id("eos_token")
-        if flags[0] is True and bos is not None:
-            ids = [bos, *ids]
-        if flags[1] is True and eos is not None:
-            ids = [*ids, eos]
+            if lone := re.search(r"[\ud800-\udfff]", text):
+                raise ValueError(f"character {lone.start()} is half of a surrogate pair: were its bytes not UTF-8?")
+            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        bos = self._special_id("bos_token") if add_special_tokens else None
         return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
     def _special_id(self, name: str) -> int | None:
@@ -197,7 +192,7 @@ class TextStream:
         self.ids.append(token)
         text = self.tokenizer.decode(self.ids[self.anchor :], self.skip)
         held = len(text) - len(text.rstrip(REPLACEMENT))
-        waited = held > 0 and len(self.ids) - self.read > LONGEST_WAIT
+        waited = len(self.ids) - self.read > LONGEST_WAIT
         if waited:
             held = min(held, LONGEST_PARTIAL)
         sure = text[: len(text) - held]

@@ -9,27 +9,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 from npllm.arrays import Array
-from npllm.backend import Backend
+from npllm.backend import FINE, SERVICES, Backend
 from npllm.errors import ArgumentError
 
 Patch = Callable[[Array], Array]
-
-FINE = (
-    "limited",
-    "asarray",
-    "to_numpy",
-    "prepare",
-    "embed",
-    "rms_norm",
-    "layer_norm",
-    "linear",
-    "angles",
-    "rope",
-    "attention",
-)
 
 
 class Trace(Mapping[str, Array]):
@@ -66,11 +51,11 @@ class Tracer(Backend):
     """A backend that records into `trace` what passes through `mark`; `inner` computes the fine operations."""
 
     def __init__(self, inner: Backend, trace: Trace, scope: str = "") -> None:
-        super().__init__(None, strict=inner.strict, threads=inner.threads)
+        super().__init__(strict=inner.strict, threads=inner.threads)
         self.inner, self.trace, self.scope = inner, trace, scope
         self.dtype = inner.dtype
         self.xp = inner.xp  # type: ignore[misc]
-        for name in FINE:
+        for name in SERVICES + FINE:
             setattr(self, name, getattr(inner, name))
 
     def layer(self, index: int) -> Backend:
@@ -87,6 +72,6 @@ class Tracer(Backend):
         return x
 
 
-def tracing(backend: Backend, trace: Trace | None) -> Any:
+def tracing(backend: Backend, trace: Trace | None) -> Backend:
     """`backend`, or a Tracer around it when there is a trace."""
     return backend if trace is None else Tracer(backend, trace)

@@ -24,6 +24,14 @@ from npllm.errors import CheckpointError
 log = logging.getLogger("npllm")
 
 
+class Bundle(NamedTuple):
+    """Where a module's handles go: to `field` of one tuple `kind` at `path`, handles that a backend may want together."""
+
+    path: str
+    kind: type[Any]
+    field: str
+
+
 @dataclass(frozen=True)
 class Tensor:
     """One tensor of a model.
@@ -31,7 +39,7 @@ class Tensor:
     shape    as stored in the checkpoint.
     axes     one letter per axis (npllm.arrays): what sharding and quantisation go by.
     part     embedding, attention, ffn, norm or head: what parameter counts are grouped by.
-    bundle   path of the tuple that this tensor's module joins, `self_attn.qkv`: handles a backend may want together.
+    bundle   the tuple that this tensor's module joins (q, k and v; gate, up and down), or None if it stands alone.
     alias    the tensor that serves when the checkpoint lacks this one (a tied head); an alias is not counted.
     stored   "oi" as Hugging Face's Linear [out, in], or "io" as GPT-2's Conv1D; backends always see [out, in].
     """
@@ -39,7 +47,7 @@ class Tensor:
     shape: tuple[int, ...]
     axes: str
     part: str
-    bundle: str | None = None
+    bundle: Bundle | None = None
     alias: str | None = None
     stored: str = "oi"
 
@@ -81,27 +89,24 @@ class MLP(NamedTuple):
     c_proj: Linear
 
 
-# Bundles by the last part of their path.
-BUNDLES: dict[str, type[QKV] | type[GatedFFN] | type[MLP]] = {"qkv": QKV, "mlp": GatedFFN, "fc": MLP}
-
-
 def under(prefix: str, spec: Spec) -> Spec:
     """The same tensors with `prefix` before their names, bundles and aliases."""
     moved = {}
     for name, tensor in spec.items():
-        bundle = tensor.bundle and prefix + tensor.bundle
+        bundle = tensor.bundle and tensor.bundle._replace(path=prefix + tensor.bundle.path)
         alias = tensor.alias and prefix + tensor.alias
         moved[prefix + name] = replace(tensor, bundle=bundle, alias=alias)
     return moved
 
 
 def linear_spec(
-    name: str, out: int, into: int, axes: str, part: str, *, bias: bool = False, bundle: str | None = None
+    name: str, out: int, into: int, axes: str, part: str, *, bias: bool = False, bundle: tuple[str, type] | None = None
 ) -> Spec:
-    """A Linear module: `name.weight` [out, into] and, when `bias`, `name.bias` [out]."""
-    spec = {f"{name}.weight": Tensor((out, into), axes, part, bundle)}
+    """A Linear module: `name.weight` [out, into] and, when `bias`, `name.bias` [out]; `bundle` is (path, kind)."""
+    place = bundle and Bundle(*bundle, name.rpartition(".")[2])
+    spec = {f"{name}.weight": Tensor((out, into), axes, part, place)}
     if bias:
-        spec[f"{name}.bias"] = Tensor((out,), axes[0], part, bundle)
+        spec[f"{name}.bias"] = Tensor((out,), axes[0], part, place)
     return spec
 
 
@@ -118,7 +123,7 @@ def head_spec(vocabulary: int, width: int, tied_to: str | None) -> Spec:
 
 def attention_spec(width: int, heads: int, kv_heads: int, head_dim: int, *, bias: bool = False) -> Spec:
     """q, k, v (one bundle) and o of a grouped-heads attention layer, under `self_attn`."""
-    into: dict[str, Any] = {"bias": bias, "bundle": "self_attn.qkv"}
+    into: dict[str, Any] = {"bias": bias, "bundle": ("self_attn.qkv", QKV)}
     return {
         **linear_spec("self_attn.q_proj", heads * head_dim, width, "HD", "attention", **into),
         **linear_spec("self_attn.k_proj", kv_heads * head_dim, width, "GD", "attention", **into),
@@ -130,9 +135,9 @@ def attention_spec(width: int, heads: int, kv_heads: int, head_dim: int, *, bias
 def gated_ffn_spec(name: str, width: int, inner: int, *, bias: bool = False) -> Spec:
     """gate, up and down of a gated feed-forward layer (one bundle)."""
     return {
-        **linear_spec(f"{name}.gate_proj", inner, width, "FD", "ffn", bias=bias, bundle=name),
-        **linear_spec(f"{name}.up_proj", inner, width, "FD", "ffn", bias=bias, bundle=name),
-        **linear_spec(f"{name}.down_proj", width, inner, "DF", "ffn", bias=bias, bundle=name),
+        **linear_spec(f"{name}.gate_proj", inner, width, "FD", "ffn", bias=bias, bundle=(name, GatedFFN)),
+        **linear_spec(f"{name}.up_proj", inner, width, "FD", "ffn", bias=bias, bundle=(name, GatedFFN)),
+        **linear_spec(f"{name}.down_proj", width, inner, "DF", "ffn", bias=bias, bundle=(name, GatedFFN)),
     }
 
 
@@ -175,7 +180,7 @@ def match(spec: Spec, checkpoint: Checkpoint, buffers: str | None = None) -> dic
     """
     stored = _stored_names(checkpoint, buffers)
     _refuse_unexpected(spec, stored, checkpoint)
-    handles = {}
+    handles: dict[str, Weight] = {}
     for name, tensor in spec.items():
         if name not in stored:
             if tensor.alias is None:
@@ -185,7 +190,11 @@ def match(spec: Spec, checkpoint: Checkpoint, buffers: str | None = None) -> dic
         if shape != tensor.shape:
             wanted = f"the config asks for {list(tensor.shape)}"
             raise CheckpointError(f"{checkpoint.folder}: tensor {stored[name]} has shape {list(shape)}, {wanted}")
-        handles[name] = checkpoint.weight(stored[name])
+        handle = checkpoint.weight(stored[name])
+        # Some checkpoints store a tied head beside the embedding: the same numbers are kept once.
+        if tensor.alias is not None and handle.equals(handles[tensor.alias]):
+            continue
+        handles[name] = replace(handle, axes=tensor.axes, part=tensor.part)
     return handles
 
 
@@ -233,7 +242,11 @@ def _some(names: list[str], most: int = 3) -> str:
 def random_weights(spec: Spec, seed: int = 0) -> dict[str, Weight]:
     """Float32 weights for tests and benchmarks: gains about 1, biases not 0, matrices that keep the activations' scale."""
     generator = np.random.default_rng(seed)
-    return {name: Weight.of(name, _draw(generator, tensor)) for name, tensor in spec.items() if tensor.alias is None}
+    return {
+        name: replace(Weight.of(name, _draw(generator, tensor)), axes=tensor.axes, part=tensor.part)
+        for name, tensor in spec.items()
+        if tensor.alias is None
+    }
 
 
 def _draw(generator: np.random.Generator, tensor: Tensor) -> np.ndarray[Any, Any]:
@@ -264,15 +277,15 @@ def build_tree(
     """
     modules = _modules(spec, handles)
     tree: dict[str, Any] = {}
-    bundles: dict[str, dict[str, Linear]] = {}
+    bundles: dict[tuple[str, type[Any]], dict[str, Linear]] = {}
     for path, (module, bundle) in modules.items():
         if bundle is None:
             tree[path] = prepare(module)
             progress(_stored_bytes(module))
         else:
-            bundles.setdefault(bundle, {})[path.rpartition(".")[2]] = module
-    for path, fields in bundles.items():
-        bundled = BUNDLES[path.rpartition(".")[2]](**fields)
+            bundles.setdefault((bundle.path, bundle.kind), {})[bundle.field] = module
+    for (path, kind), fields in bundles.items():
+        bundled = kind(**fields)
         tree[path] = prepare(bundled)
         progress(sum(map(_stored_bytes, bundled)))
     for name, tensor in spec.items():
@@ -281,13 +294,18 @@ def build_tree(
     return _nest(tree)
 
 
-def _modules(spec: Spec, handles: Mapping[str, Weight]) -> dict[str, tuple[Linear, str | None]]:
+def _modules(spec: Spec, handles: Mapping[str, Weight]) -> dict[str, tuple[Linear, Bundle | None]]:
+    """Handles grouped by module: `x.weight` and `x.bias` are one Linear at `x`; any other tensor is one at its own name."""
     leaves: dict[str, dict[str, Weight]] = {}
+    places: dict[str, Bundle | None] = {}
     for name, handle in handles.items():
         path, _, leaf = name.rpartition(".")
+        if leaf not in Linear._fields:
+            path, leaf = name, "weight"
         transposed = spec[name].stored == "io" and len(handle.shape) == 2
         leaves.setdefault(path, {})[leaf] = handle.transposed() if transposed else handle
-    return {path: (Linear(**fields), spec[f"{path}.weight"].bundle) for path, fields in leaves.items()}
+        places[path] = spec[name].bundle
+    return {path: (Linear(**fields), places[path]) for path, fields in leaves.items()}
 
 
 def _stored_bytes(module: Linear) -> int:

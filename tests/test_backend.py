@@ -234,8 +234,10 @@ def test_auto_takes_the_first_that_loads_and_says_once_what_it_passed(
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(BackendError, match="the numpy backend computes in float32 or float64, not in bfloat16"):
         Backend("bfloat16")
-    with pytest.raises(BackendError, match="threads = 0 must be at least 1"):
+    with pytest.raises(ArgumentError, match="threads = 0 must be a whole number"):
         Backend(threads=0)
+    with pytest.raises(BackendError, match="does not quantise weights to 'q4'"):
+        Backend(quantize="q4")
 
 
 # -- tracing ----------------------------------------------------------------------------------------------------------

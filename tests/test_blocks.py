@@ -183,7 +183,28 @@ def test_activations_at_known_points(xp: Any) -> None:
     x = f32(0, math.log(3), -math.log(3), 100, -100)
     agree(blocks.silu(xp, x), f32(0, math.log(3) * 3 / 4, -math.log(3) / 4, 100, 0), "block")
     agree(blocks.gelu_tanh(xp, f32(0, 100, -100)), f32(0, 100, 0), "block")
+    agree(blocks.relu(xp, f32(0, 100, -100, np.inf)), f32(0, 100, 0, np.inf), "exact")
     assert not np.isnan(blocks.silu(xp, f32(1e30, -1e30, np.inf))).any()
+    agree(blocks.gelu(xp, f32(1e30, -1e30, np.inf, -np.inf, np.nan)), f32(1e30, 0, np.inf, 0, np.nan), "exact", literal=True)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", "block"), ("float64", "block float64")])
+def test_gelu_is_x_times_the_normal_distribution(xp: Any, dtype: str, limit: str) -> None:
+    """Against the standard library's erfc, over the fitted range and past its end."""
+    x = np.linspace(-12, 12, 4801).astype(dtype)
+    want = np.array([0.5 * a * math.erfc(-a / math.sqrt(2)) for a in x.tolist()], dtype)
+    with unmodified(x):
+        got = blocks.gelu(xp, x)
+    for part in (x >= 0, x < 0):
+        agree(got[part], want[part], limit)
+
+
+def test_every_activation_is_the_one_that_transformers_means() -> None:
+    """At 1, where the tanh form is 0.8412 and the exact one 0.8413."""
+    x = f32(1.0)
+    values = {name: round(float(activation(np, x)[0]), 4) for name, activation in blocks.ACTIVATIONS.items()}
+    tanh_form = dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"), 0.8412)
+    assert values == tanh_form | {"silu": 0.7311, "swish": 0.7311, "gelu": 0.8413, "gelu_python": 0.8413, "relu": 1.0}
 
 
 def test_linear_and_embed(be: Backend) -> None:
@@ -348,10 +369,10 @@ def test_ffn(be: Backend, file: str, case: str, dtype: str) -> None:
     residual_MD = t["x"][::-1].copy()
     with unmodified(*t.values(), residual_MD):
         if case == "gelu":
-            y_MD = be.mlp(t["x"], MLP(linear("c_fc"), linear("c_proj")), blocks.gelu_tanh, residual_MD=residual_MD)
+            y_MD = be.mlp(t["x"], MLP(linear("c_fc"), linear("c_proj")), "gelu_new", residual_MD=residual_MD)
         else:
             w = GatedFFN(linear("gate_proj"), linear("up_proj"), linear("down_proj"))
-            y_MD = be.gated_ffn(t["x"], w, blocks.silu, residual_MD=residual_MD)
+            y_MD = be.gated_ffn(t["x"], w, "silu", residual_MD=residual_MD)
     agree(y_MD, residual_MD + t["y"], limit)
 
 

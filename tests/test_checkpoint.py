@@ -112,6 +112,12 @@ def test_a_header_length_beyond_file_or_limit_is_refused(tmp_path: Path, length:
     refused(lambda: SafetensorsFile(path), str(path), problem)
 
 
+def test_a_pointer_of_git_lfs_is_refused_with_the_command_that_fetches_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 988097824\n")
+    refused(lambda: SafetensorsFile(path), str(path), "git lfs pull")
+
+
 def test_every_truncation_of_a_good_file_is_refused(tmp_path: Path) -> None:
     whole = save({"w": DATA})
     path = tmp_path / "model.safetensors"
@@ -357,6 +363,20 @@ def test_any_index_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, 
 def test_names_with_control_characters_are_refused(tmp_path: Path) -> None:
     save_file({"a\nb\x1b[2J": DATA}, tmp_path / "model.safetensors")
     refused(lambda: Checkpoint(tmp_path), "model.safetensors", "control characters", r"a\nb\x1b[2J")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_a_link_to_weights_that_are_gone_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).symlink_to(tmp_path / "blobs" / "f00d")
+    refused(lambda: find_weights(tmp_path), str(tmp_path / name), "f00d, which is missing")
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", fail)
+    refused(lambda: find_weights(tmp_path), f"{tmp_path}: cannot be listed (Permission denied)")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The command line: results on stdout and nothing else there, one line per error, the right exit status."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -350,6 +351,13 @@ def test_a_full_context_suggests_reset(run: Run, tmp_path: Path) -> None:
     assert re.search(r"^npllm: the prompt has \d+ tokens.*/reset starts the conversation anew$", err, re.MULTILINE)
 
 
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+@pytest.mark.parametrize("name", ["messages", "tokenize", "conversation", "tools"])
+def test_a_template_argument_that_npllm_sets_itself(run: Run, thinker: Path, verb: str, name: str) -> None:
+    found = run(verb, "-m", thinker, "--template-arg", f"{name}=1", stdin="x\n")
+    assert f"template_args: {name} cannot be set" in failed_in_one_line(found)
+
+
 def test_chat_needs_a_template(run: Run, untemplated: Path) -> None:
     status, out, err = run("chat", "-m", untemplated, stdin="x\n")
     assert (status, out) == (1, "")
@@ -487,6 +495,31 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Callable[..., Ter
     assert screen.end() == 0
 
 
+def test_a_ctrl_c_held_down_does_not_end_the_program(terminal: Callable[..., Terminal], endless: Path) -> None:
+    screen = terminal("chat", "-m", endless, "-n", "1000000")
+    screen.expect(r"> $")
+    screen.send("x\n")
+    screen.expect(r"(ab){20}")
+    for _ in range(40):
+        screen.send("\x03")
+        time.sleep(0.005)
+    screen.expect(r"\(stopped\)")
+    screen.expect(r"> $")
+    time.sleep(0.2)
+    screen.send("/exit\n")
+    assert screen.end() == 0
+
+
+def test_bytes_that_are_no_text_do_not_end_a_conversation(terminal: Callable[..., Terminal], thinker: Path) -> None:
+    screen = terminal("chat", "-m", thinker, PYTHONUTF8="1")
+    screen.expect(r"> $")
+    os.write(screen.ours, b"\xff\n")
+    screen.expect(r"stdin: not utf-8 text")
+    screen.expect(r"> $")
+    screen.send("/exit\n")
+    assert screen.end() == 0
+
+
 def test_reasoning_on_a_terminal(terminal: Callable[..., Terminal], thinker: Path) -> None:
     screen = terminal("chat", "-m", thinker)
     screen.expect(r"> $")
@@ -525,6 +558,25 @@ def test_convert(run: Run, tmp_path: Path) -> None:
     assert (status, out) == (1, "")
     assert "--overwrite" in err
     assert run("convert", PICKLES / "plain_zip.bin", tmp_path / "made", "--overwrite").status == 0
+
+
+def test_convert_names_are_those_of_a_shell(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "weights.bin").write_bytes((PICKLES / "plain_zip.bin").read_bytes())
+    assert run("convert", "~/weights.bin", "~/made").out == f"{tmp_path / 'made'}\n"
+    for names in (["", "made"], ["weights.bin", ""]):
+        status, out, err = run("convert", *names)
+        assert (status, out) == (2, "")
+        assert "the name is empty" in err
+
+
+def test_doctor_says_that_the_cache_cannot_be_written(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert json.loads(run("doctor", "--json").out)["cache"]["writable"] is True
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    assert "free on its disk, not writable\n" in run("doctor").out
 
 
 def test_doctor_json(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -631,6 +683,8 @@ def test_a_damaged_model_fails_in_one_line(run: Run, tmp_path: Path, damage: Cal
         (["generate", "x" * 5000], "context of 4096"),
         (["score", "x" * 5000], "context of 4096"),
         (["score", ""], "prompt is empty"),
+        (["score", "a\udcff"], "character 1 is half of a surrogate pair"),
+        (["bench", "--prompt-tokens", "0", "--new-tokens", "0"], "not both 0"),
     ],
 )
 def test_bad_values_fail_in_one_line(run: Run, thinker: Path, argv: list[str], message: str) -> None:
@@ -643,7 +697,9 @@ def test_template_options_need_a_template(run: Run, untemplated: Path, argv: lis
 
 
 def test_a_missing_folder(run: Run, tmp_path: Path) -> None:
-    assert "neither a folder nor a hub id" in failed_in_one_line(run("generate", "x", "-m", tmp_path / "missing"))
+    assert "no such folder, nor spelled like a hub id" in failed_in_one_line(
+        run("generate", "x", "-m", tmp_path / "missing")
+    )
 
 
 def test_text_that_is_not_utf8(run: Run, thinker: Path, tmp_path: Path) -> None:
@@ -657,6 +713,7 @@ def test_text_that_is_not_utf8(run: Run, thinker: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [
+        (PermissionError(13, "Permission denied", "/a/b"), 1, "npllm: /a/b: Permission denied\n"),
         (NpllmError("two\nlines"), 1, "npllm: two lines\n"),
         (MemoryError("Unable to allocate 4 GiB"), 1, "npllm: out of memory (Unable to allocate 4 GiB)"),
         (RuntimeError("oh\x1b[2J"), 1, "npllm: unexpected RuntimeError: oh\ufffd[2J (please report"),
@@ -695,6 +752,32 @@ def test_a_reader_that_goes_away_is_no_error(endless: Path) -> None:
         process.stdout.close()
         assert process.wait(timeout=20) == 141
         assert process.stderr.read() == ""
+
+
+class FullDisk(io.StringIO):
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("argv", [["doctor"], ["score", "abc"], ["generate", "x"], ["generate", "x", "--json"]])
+def test_a_full_disk_is_no_bug(
+    thinker: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], argv: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", FullDisk())
+    assert main(argv + ([] if argv == ["doctor"] else ["-m", str(thinker)])) == 1
+    assert capsys.readouterr().err == "npllm: stdout: cannot be written (No space left on device)\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes streams with a POSIX shell")
+@pytest.mark.parametrize(
+    ("verb", "closed", "status"),
+    [("generate x", "<&-", 0), ("generate", "<&-", 1), ("chat", "<&-", 0), ("score ab", ">&-", 0), ("chat", "2>&-", 0)],
+)
+def test_streams_that_the_caller_has_closed(thinker: Path, verb: str, closed: str, status: int) -> None:
+    command = f"exec {shlex.quote(sys.executable)} -m npllm {verb} -m {shlex.quote(str(thinker))} {closed}"
+    found = subprocess.run(command, shell=True, input="x\n", env=ENVIRONMENT, capture_output=True, text=True)
+    assert found.returncode == status
+    assert found.stderr == ("npllm: the prompt is empty\n" if status else "")
 
 
 def test_an_interrupt_ends_a_pipe_with_130(endless: Path) -> None:

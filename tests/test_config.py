@@ -188,6 +188,16 @@ def test_yarn_falls_back_to_the_trained_context() -> None:
     scaling = {"rope_type": "yarn", "factor": 4.0}
     assert read(rope_scaling=scaling, max_position_embeddings=512).rope.original == 512
     assert read(rope_scaling=scaling, original_max_position_embeddings=128).rope.original == 128
+    assert read(rope_scaling=YARN, original_max_position_embeddings=128).rope.original == 128
+
+
+def test_rope_scaling_outranks_rope_parameters(caplog: pytest.LogCaptureFixture) -> None:
+    """What people add to a file that transformers 5 wrote."""
+    written = {"rope_type": "default", "rope_theta": 5e5}
+    rope = read(rope_theta=1e6, rope_scaling=YARN, rope_parameters=written).rope
+    assert (rope.kind, rope.theta) == ("yarn", 1e6)
+    assert "rope_scaling" in caplog.text
+    assert read(rope_scaling={}, rope_parameters=written).rope.theta == 5e5
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     ),
     "no llama3 scaling": (rope_module, "_llama3", lambda inverse, rope: inverse),
     "a window where none is": (blocks.Mask, "reach", lambda mask, first, last: (max(0, last - 20), last + 1)),
-    "eps a hundred times too large": (blocks, "rms_norm", lambda xp, x, w, eps: NORM(xp, x, w, 100 * eps)),
+    "eps a hundred times too large": (blocks, "rms_norm", lambda xp, x, w, eps, offset: NORM(xp, x, w, 100 * eps, offset)),
 }
 ANGLES, NORM = blocks.angles, blocks.rms_norm
 

@@ -55,12 +55,13 @@ def imported(path: Path, *, top_only: bool = False) -> set[str]:
 
 # -- what `import npllm` does -----------------------------------------------------------------------------------------
 
-# New modules, where each came from, and the seconds it took.
+# New modules, where each came from, and the seconds it took, until the package can be used: its names come at first use.
 PROBE = """
 import json, sys, time
 before = set(sys.modules)
 start = time.perf_counter()
 import npllm
+npllm.load
 seconds = time.perf_counter() - start
 new = {name: getattr(sys.modules[name], "__file__", None) for name in set(sys.modules) - before}
 print(json.dumps({"seconds": seconds, "modules": new}))
@@ -81,6 +82,19 @@ def test_import_brings_numpy_and_the_standard_library_only() -> None:
     site = {name for name, file in modules.items() if file and "-packages" in file}
     assert {name.partition(".")[0] for name in site} <= {"numpy", "npllm"}
     assert not [name for name in modules if name.startswith("npllm.backends")]
+
+
+def test_every_public_name_is_there() -> None:
+    assert set(npllm.__all__) == set(npllm.PLACES) <= set(dir(npllm))
+    assert all(getattr(npllm, name).__name__ == name for name in npllm.__all__)
+    with pytest.raises(AttributeError, match="module 'npllm' has no attribute 'lode'"):
+        npllm.lode
+
+
+def test_the_command_line_is_up_before_numpy_is() -> None:
+    probe = "import sys, npllm.cli; print('numpy' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, cwd=HOME.parent)
+    assert result.stdout.strip() == "False"
 
 
 def test_import_takes_less_than_a_quarter_of_a_second() -> None:
@@ -160,8 +174,8 @@ def test_model_type_is_asked_for_in_the_registry_only(path: Path) -> None:
 
 # -- blocks compute with `xp` -----------------------------------------------------------------------------------------
 
-# Constants of the host, computed once per step from the config, in NumPy on purpose: a few numbers per head.
-HOST_SIDE = {"rope.py": {"frequencies", "_llama3", "_yarn"}}
+# Constants of the host, in NumPy on purpose: a few numbers per head, once per step; the coefficients of a fit, once.
+HOST_SIDE = {"rope.py": {"frequencies", "_llama3", "_yarn"}, "ffn.py": {"_log_tail"}}
 
 # Attributes of `np` that are types or numbers.
 CONSTANTS = {"inf", "nan", "pi", "newaxis", "float16", "float32", "float64", "int32", "int64", "bool_"}

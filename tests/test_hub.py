@@ -89,7 +89,7 @@ def test_hub_ids_are_told_from_paths(source: str, expected: bool) -> None:
 
 
 def test_an_invalid_id_is_refused_without_a_request() -> None:
-    with pytest.raises(HubError, match="'no/such/folder' looks like neither a folder nor a hub id"):
+    with pytest.raises(HubError, match="'no/such/folder': no such folder, nor spelled like a hub id"):
         fetch("no/such/folder")
 
 
@@ -235,9 +235,12 @@ def test_a_silent_hub_is_given_up(hub: HubServer, cache: Path, monkeypatch: pyte
 
 def test_a_transfer_that_breaks_off_once_is_resumed(hub: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1024)  # what is resumed is whole chunks
+    remarks: list[logging.LogRecord] = []
+    monkeypatch.setattr(logging.getLogger("huggingface_hub.file_download"), "callHandlers", remarks.append)
     hub.faults.breaks["model.safetensors"] = 1
     assert (get(hub, cache) / "model.safetensors").read_bytes() == WEIGHTS
     assert hub.ranges == [f"bytes={len(WEIGHTS) // 2}-"]
+    assert not [each for each in remarks if each.levelno >= logging.WARNING]
 
 
 def test_a_transfer_that_keeps_breaking_off_leaves_nothing_that_looks_whole(
@@ -283,6 +286,12 @@ def test_a_disk_that_takes_no_more(hub: HubServer, cache: Path, monkeypatch: pyt
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
     with pytest.raises(HubError, match=rf"cannot write config.json to .*cache \({os.strerror(number)}\).*HF_HOME"):
         get(hub, cache)
+
+
+def test_a_cache_that_cannot_be_a_folder(hub: HubServer, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(HubError, match=r"cannot write config.json to .*file.cache \(.*\).*HF_HOME"):
+        get(hub, tmp_path / "file" / "cache")
 
 
 def test_environment_variables_and_progress_on_a_terminal(folder: Path, tmp_path: Path) -> None:

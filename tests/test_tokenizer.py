@@ -16,7 +16,7 @@ from npllm.errors import TemplateError, TokenizerError
 from npllm.tokenizer import StopStrings, TextStream, Tokenizer
 from tests.models import CHATML, END, IM_END, IM_START, make_tokenizer, tokenizer
 
-BOS, EOS = 0, 2
+BOS = 0
 
 
 def refused(act: Callable[[], Any], *words: str) -> None:
@@ -55,28 +55,24 @@ HELLO = tokenizer().encode("Hello").ids
     [
         (False, {}, HELLO),
         (False, {"bos_token": END}, HELLO),
-        (False, {"bos_token": END, "add_bos_token": True}, [BOS, *HELLO]),
-        (False, {"bos_token": END, "add_bos_token": False}, HELLO),
-        (False, {"bos_token": END, "add_bos_token": None}, HELLO),
-        (False, {"add_bos_token": True}, HELLO),
-        (False, {"bos_token": "nowhere", "add_bos_token": True}, HELLO),
-        (True, {"bos_token": END}, [BOS, *HELLO]),
+        (False, {"bos_token": "nowhere"}, HELLO),
+        (False, {"bos_token": END, "eos_token": IM_END, "add_bos_token": True, "add_eos_token": True}, HELLO),
         (True, {}, [BOS, *HELLO]),
+        (True, {"bos_token": END}, [BOS, *HELLO]),
         (True, {"bos_token": END, "add_bos_token": True}, [BOS, *HELLO]),
-        (True, {"bos_token": END, "add_bos_token": False}, HELLO),
-        (False, {"eos_token": IM_END, "add_eos_token": True}, [*HELLO, EOS]),
-        (False, {"bos_token": END, "eos_token": IM_END, "add_bos_token": True, "add_eos_token": True}, [BOS, *HELLO, EOS]),
+        (True, {"bos_token": END, "add_bos_token": False}, [BOS, *HELLO]),
+        (True, {"bos_token": END, "eos_token": IM_END, "add_eos_token": True}, [BOS, *HELLO]),
     ],
 )
 def test_what_is_put_around_a_text(tmp_path: Path, adds_bos: bool, settings: dict[str, Any], wanted: list[int]) -> None:
+    """tokenizer.json says it; transformers 5.23 drops add_bos_token and add_eos_token where that file is there."""
     found = made(tmp_path, adds_bos, **settings)
     assert found.encode("Hello") == wanted
     assert found.encode("Hello", add_special_tokens=False) == HELLO
 
 
-@pytest.mark.parametrize("adds_bos", [False, True])
-def test_no_text_gets_two_bos(tmp_path: Path, adds_bos: bool) -> None:
-    found = made(tmp_path, adds_bos, bos_token=END, **({} if adds_bos else {"add_bos_token": True}))
+def test_no_text_gets_two_bos(tmp_path: Path) -> None:
+    found = made(tmp_path, adds_bos=True, bos_token=END)
     assert found.encode(END + "Hello") == [BOS, *HELLO]
     assert found.encode("") == [BOS]
     assert found.encode(END) == [BOS]
@@ -183,6 +179,7 @@ def test_what_is_no_conversation_is_refused(tmp_path: Path, messages: Any) -> No
 def test_text_that_cannot_be_encoded_is_refused(plain: Tokenizer, tmp_path: Path) -> None:
     for text in ("\ud800", "a\udfff", 5, None, b"x", ["Hello"]):
         refused(lambda text=text: plain.encode(text), "cannot be encoded")
+    refused(lambda: plain.encode("a\udcff"), "character 1 is half of a surrogate pair")
     found = made(tmp_path, chat_template=CHATML)
     refused(lambda: found.apply_chat_template([{"role": "user", "content": "\ud800"}]), "cannot be encoded")
 

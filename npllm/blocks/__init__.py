@@ -5,7 +5,7 @@ the input's dtype. Array names follow the letters of `npllm.arrays`.
 """
 
 from npllm.blocks.attention import attention_pieces, blocked_attention, softmax_attention
-from npllm.blocks.ffn import ACTIVATIONS, gelu_tanh, silu
+from npllm.blocks.ffn import ACTIVATIONS, gelu, gelu_tanh, relu, silu
 from npllm.blocks.masks import CAUSAL, Mask, chunked, sliding
 from npllm.blocks.norms import layer_norm, rms_norm
 from npllm.blocks.rope import Angles, Rope, angles, frequencies, rotate_halves, rotate_interleaved
@@ -21,8 +21,10 @@ __all__ = [
     "blocked_attention",
     "chunked",
     "frequencies",
+    "gelu",
     "gelu_tanh",
     "layer_norm",
+    "relu",
     "rms_norm",
     "rotate_halves",
     "rotate_interleaved",

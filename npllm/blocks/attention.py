@@ -45,6 +45,9 @@ def softmax_attention(
     the mask, else -inf would become -c. The mask selects; it never adds or multiplies. A query that may see nothing gives 0.
     T = 0 and S = 0 are legal.
     """
+    if q_THK.dtype.itemsize < 4:
+        q, k, v = (xp.asarray(x, dtype="float32") for x in (q_THK, k_SGK, v_SGV))
+        return softmax_attention(xp, q, k, v, allowed_TS, scale=scale, softcap=softcap).astype(q_THK.dtype)
     (T, H, K), (_, G, V) = q_THK.shape, v_SGV.shape
     q_GRTK = q_THK.reshape(T, G, H // G, K).transpose(1, 2, 0, 3) * q_THK.dtype.type(scale)
     scores_GRTS = q_GRTK @ k_SGK.transpose(1, 2, 0)[:, None]
@@ -82,20 +85,27 @@ def attention_pieces(
         low, high = mask.reach(first_query + start, first_query + stop - 1)
         near = max(0, low - first_key)
         far = max(near, min(S, high - first_key))
-        query_T = xp.arange(first_query + start, first_query + stop, dtype="int64")
-        allowed_TS = mask.allowed(xp, query_T, xp.arange(first_key + near, first_key + far, dtype="int64"))
-        heads = max(1, SCORES * G // max(1, H * allowed_TS.size))
+        positions = range(first_query + start, first_query + stop), range(first_key + near, first_key + far)
+        heads = max(1, SCORES * G // max(1, H * (stop - start) * (far - near)))
         for g in range(0, G, heads):
             queries = slice(g * H // G, (g + heads) * H // G)
             inputs = q_THK[start:stop, queries], k_SGK[near:far, g : g + heads], v_SGV[near:far, g : g + heads]
             target = out_THV[start:stop, queries]
-            pieces.append(functools.partial(_piece, xp, inputs, allowed_TS, target, scale, softcap))
+            pieces.append(functools.partial(_piece, xp, inputs, positions, mask, target, scale, softcap))
     return pieces
 
 
 def _piece(
-    xp: Namespace, inputs: tuple[Array, Array, Array], allowed_TS: Array, target: Array, scale: float, softcap: float | None
+    xp: Namespace,
+    inputs: tuple[Array, Array, Array],
+    positions: tuple[range, range],
+    mask: Mask,
+    target: Array,
+    scale: float,
+    softcap: float | None,
 ) -> None:
+    query_T, key_S = (xp.arange(each.start, each.stop, dtype="int64") for each in positions)
+    allowed_TS = mask.allowed(xp, query_T, key_S)
     target[...] = softmax_attention(xp, *inputs, allowed_TS, scale=scale, softcap=softcap)
 
 

@@ -19,9 +19,10 @@ def widened(block: F) -> F:
 
     @functools.wraps(block)
     def wrapper(xp: Namespace, x: Array, *args: Any, **kwargs: Any) -> Array:
+        # The 16-bit types of ml_dtypes are of kind "V".
+        if x.dtype.kind not in "fV":
+            raise TypeError(f"{block.__name__} takes floating-point arrays, not {x.dtype}")
         if x.dtype.itemsize >= 4:
-            if x.dtype.kind != "f":
-                raise TypeError(f"{block.__name__} takes floating-point arrays, not {x.dtype}")
             return block(xp, x, *args, **kwargs)
         wide = xp.asarray(x, dtype="float32")
         return block(xp, wide, *args, **kwargs).astype(x.dtype)

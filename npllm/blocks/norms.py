@@ -7,14 +7,16 @@ from npllm.blocks.dtypes import widened
 
 
 @widened
-def rms_norm(xp: Namespace, x_D: Array, weight_D: Array, eps: float) -> Array:
-    """Root-mean-square norm: `weight * x / sqrt(mean(x^2) + eps)` (Zhang and Sennrich 2019, arXiv 1910.07467).
+def rms_norm(xp: Namespace, x_D: Array, weight_D: Array | None, eps: float, offset: float = 0.0) -> Array:
+    """Root-mean-square norm: `(offset + weight) * x / sqrt(mean(x^2) + eps)` (Zhang and Sennrich 2019, arXiv 1910.07467).
 
     Shapes: any leading axes, then D; the result has the shape and dtype of `x_D`. `eps` is `rms_norm_eps` of the config.
+    Gemma stores its gains less 1 (`offset` 1); without a weight the gain is 1.
     """
     inverse = 1.0 / xp.sqrt(xp.mean(xp.square(x_D), axis=-1, keepdims=True) + eps)
     out = x_D * inverse
-    out *= weight_D
+    if weight_D is not None:
+        out *= weight_D + offset if offset else weight_D
     return out
 
 

@@ -93,6 +93,8 @@ def _report(error: Exception) -> int:
         return 2
     if isinstance(error, NpllmError):
         output.complain(str(error))
+    elif isinstance(error, OSError) and error.filename is not None:
+        output.complain(f"{error.filename}: {error.strerror}")
     elif isinstance(error, MemoryError):
         output.complain(f"out of memory ({error}): free some, or take a smaller model or context")
     else:
@@ -101,7 +103,13 @@ def _report(error: Exception) -> int:
 
 
 def _set_up_streams() -> None:
-    """Characters that the output's encoding lacks become question marks; bytes that are no text are an error at once."""
+    """Characters that the output's encoding lacks become question marks; bytes that are no text are an error at once.
+
+    A stream that the caller has closed is an empty input, or an output that nobody reads.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (lives as long as the process)
     for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "replace"), (sys.stderr, "replace")):
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors=errors)  # type: ignore[union-attr]

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
 import sys
+import threading
 from collections.abc import Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from npllm.cli import options, output
@@ -62,16 +65,45 @@ def run(args: argparse.Namespace) -> int:
             import readline  # noqa: F401 (input() edits lines and remembers them once it is imported)
         output.note(f"{llm.name}: {llm.parameters:,} parameters, context {llm.max_context}. /help lists the commands.")
     conversation = Conversation(llm, args, interactive)
-    for line in lines(interactive):
-        if not conversation.take(line):
-            break
+    with Interrupts(interactive) as interrupts:
+        for line in lines(interactive, interrupts):
+            interrupts.arm()
+            if not conversation.take(line):
+                break
     return 0
 
 
-def lines(interactive: bool) -> Iterator[str]:
+class Interrupts:
+    """Ctrl-C as KeyboardInterrupt, once after each `arm()`: a key held down ends the answer and not the program."""
+
+    def __init__(self, wanted: bool) -> None:
+        # Python lets only the main thread handle signals.
+        self.wanted = wanted and threading.current_thread() is threading.main_thread()
+        self.armed = True
+
+    def __enter__(self) -> Interrupts:
+        if self.wanted:
+            self.before = signal.signal(signal.SIGINT, self._strike)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.wanted:
+            signal.signal(signal.SIGINT, self.before)
+
+    def arm(self) -> None:
+        self.armed = True
+
+    def _strike(self, number: int, frame: FrameType | None) -> None:
+        if self.armed:
+            self.armed = False
+            raise KeyboardInterrupt
+
+
+def lines(interactive: bool, interrupts: Interrupts) -> Iterator[str]:
     """What the user enters, without blank lines; Ctrl-C at the prompt only drops the line."""
     while True:
         try:
+            interrupts.arm()
             line = _ask() if interactive else options.read_line()
         except EOFError:
             if interactive:
@@ -82,13 +114,19 @@ def lines(interactive: bool) -> Iterator[str]:
                 raise
             output.note("\n(Ctrl-D or /exit leaves)")
             continue
+        except ArgumentError as bad:
+            if not interactive:
+                raise
+            output.complain(str(bad))
+            continue
         if line.strip():
             yield line
 
 
 def _ask() -> str:
     if output.is_terminal(sys.stdout):
-        return input(PROMPT)
+        with options.decoding_stdin():
+            return input(PROMPT)
     # input() would write its prompt into the result.
     sys.stderr.write(PROMPT)
     sys.stderr.flush()
@@ -168,8 +206,7 @@ class Conversation:
 
     def _render(self) -> str:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        arguments: dict[str, Any] = {"add_generation_prompt": True} | self.template_args
-        return str(self.llm.tokenizer.apply_chat_template(system + self.messages, tokenize=False, **arguments))
+        return self.llm.chat_prompt(system + self.messages, template_args=self.template_args)
 
     def _remark(self, finish_reason: str | None, tokens: int) -> None:
         """Say why an answer is cut off."""

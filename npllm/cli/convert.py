@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,11 +25,18 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="a folder with pickled weights, one such file, or a hub id")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make; SOURCE itself is allowed")
+    source = "a folder with pickled weights, one such file, or a hub id"
+    parser.add_argument("source", type=_name, metavar="SOURCE", help=source)
+    parser.add_argument("out", type=_name, metavar="OUT", help="the folder to make; SOURCE itself is allowed")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="cast floating-point tensors")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--overwrite", action="store_true", help="replace safetensors that OUT already has")
+
+
+def _name(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return text
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
 
     source = _locate(args.source, args.revision)
     with _progress() as progress:
-        made = convert(source, args.out, dtype=args.dtype, overwrite=args.overwrite, progress=progress)
+        out = Path(os.path.expanduser(args.out))
+        made = convert(source, out, dtype=args.dtype, overwrite=args.overwrite, progress=progress)
     output.write(f"{made}\n")
     return 0
 
@@ -45,7 +54,7 @@ def _locate(source: str, revision: str | None) -> Path:
     """The folder or file named, else the pickles of a hub id, downloaded."""
     from npllm import hub
 
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.exists() or not hub.looks_like_hub_id(source):
         return path
     return hub.fetch(source, revision=revision, pickles=True)

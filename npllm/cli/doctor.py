@@ -10,7 +10,8 @@ With `--json`, one document:
     blas             [{library: str, version: str or null, threads: int, path: str}]; thread pools that are loaded
     backends         {name: {loads: bool, dtype: str or null (its default), reason: str or null (why it does not load)}}
     models           {shipped: bool (the model of the wheel is there), folder: str}
-    cache            {hub: str or null (folder of downloaded models), exists: bool, free_bytes: int or null}
+    cache            {hub: str or null (folder of downloaded models), exists: bool, writable: bool (it or, until it
+                     exists, where it would be), free_bytes: int or null}
     environment      {variable: str or null}: those that change what npllm does; "set" in place of a secret
 """
 
@@ -152,9 +153,14 @@ def cache() -> dict[str, Any]:
     try:
         from huggingface_hub.constants import HF_HUB_CACHE
     except ImportError:
-        return {"hub": None, "exists": False, "free_bytes": None}
+        return {"hub": None, "exists": False, "writable": False, "free_bytes": None}
     folder = Path(HF_HUB_CACHE)
-    return {"hub": str(folder), "exists": folder.is_dir(), "free_bytes": _free(folder)}
+    return {"hub": str(folder), "exists": folder.is_dir(), "writable": _writable(folder), "free_bytes": _free(folder)}
+
+
+def _writable(folder: Path) -> bool:
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
 
 
 def _free(folder: Path) -> int | None:
@@ -187,6 +193,7 @@ def report(found: dict[str, Any]) -> str:
     def size(count: int | None) -> str:
         return "unknown" if count is None else gibibytes(count)
 
+    writable = "" if found["cache"]["writable"] else ", not writable"
     sections = {
         "versions": [f"{name} {value or 'not installed'}" for name, value in found["versions"].items()],
         "platform": [f"{found['platform']['system']}, {found['platform']['machine']}", found["platform"]["python"]],
@@ -198,7 +205,7 @@ def report(found: dict[str, Any]) -> str:
             for name, b in found["backends"].items()
         ],
         "models": [f"shipped model {'present' if found['models']['shipped'] else 'missing'}: {found['models']['folder']}"],
-        "cache": [f"{found['cache']['hub']}, {size(found['cache']['free_bytes'])} free on its disk"],
+        "cache": [f"{found['cache']['hub']}, {size(found['cache']['free_bytes'])} free on its disk{writable}"],
         "environment": [f"{name}={value}" for name, value in found["environment"].items() if value is not None],
     }
     return "".join(f"{title:<12}{line}\n" for name, lines in sections.items() for title, line in _labelled(name, lines))

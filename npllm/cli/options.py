@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -126,13 +127,13 @@ def read_text(args: argparse.Namespace) -> str:
 
 
 def read_stdin() -> str:
-    with _decoding_stdin():
+    with decoding_stdin():
         return sys.stdin.read()
 
 
 def read_line() -> str:
     """The next line of stdin, without its line break; EOFError at the end."""
-    with _decoding_stdin():
+    with decoding_stdin():
         line = sys.stdin.readline()
     if not line:
         raise EOFError
@@ -140,7 +141,8 @@ def read_line() -> str:
 
 
 @contextlib.contextmanager
-def _decoding_stdin() -> Iterator[None]:
+def decoding_stdin() -> Iterator[None]:
+    """ArgumentError in place of UnicodeDecodeError."""
     try:
         yield
     except UnicodeDecodeError as bad:
@@ -149,7 +151,7 @@ def _decoding_stdin() -> Iterator[None]:
 
 def _read_file(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return Path(os.path.expanduser(path)).read_text(encoding="utf-8")
     except UnicodeDecodeError as bad:
         raise ArgumentError(f"{path}: not UTF-8 text (byte {bad.start})") from None
     except OSError as bad:

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
+from npllm.errors import ArgumentError
+
 if TYPE_CHECKING:
     from npllm.generation import Stream
 
@@ -42,9 +44,14 @@ def printable(text: str, stream: TextIO) -> str:
 
 
 def write(text: str) -> None:
-    """A piece of the result, at once."""
-    sys.stdout.write(printable(text, sys.stdout))
-    sys.stdout.flush()
+    """A piece of the result, at once. ArgumentError if stdout takes no more; BrokenPipeError if nobody reads it."""
+    try:
+        sys.stdout.write(printable(text, sys.stdout))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as bad:
+        raise ArgumentError(f"stdout: cannot be written ({bad.strerror})") from None
 
 
 def note(text: str, colour: str = DIM) -> None:

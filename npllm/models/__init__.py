@@ -22,6 +22,9 @@ REGISTRY = {"gpt2": "gpt2", "llama": "llama3", "qwen3": "qwen3"}
 # Multimodal wrappers keep the text model's configuration here.
 NESTED = "text_config"
 
+# What the text part takes from the wrapper where it says nothing itself.
+INHERITED = ("tie_word_embeddings", "eos_token_id", "auto_map")
+
 
 class Architecture(Protocol):
     """What a model file offers. It may add BUFFERS (a regular expression of own names that carry no weights) and IGNORED
@@ -53,7 +56,8 @@ def interpret(values: dict[str, Any], name: str = "config.json") -> Described:
     text = values.get(NESTED)
     if isinstance(text, dict):
         log.warning("%s: a multimodal model; only its text part runs", name)
-        inherited = {key: values[key] for key in ("tie_word_embeddings",) if key in values and key not in text}
+        refuse_quantised(values, name)
+        inherited = {key: values[key] for key in INHERITED if key in values and key not in text}
         values, name = inherited | text, f"{name}: {NESTED}"
     if "auto_map" in values:
         log.warning("%s: its auto_map names code of the checkpoint's author; npllm never runs it", name)

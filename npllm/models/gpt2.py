@@ -21,7 +21,7 @@ from npllm.backend import LN, Backend, merge_heads
 from npllm.blocks import ACTIVATIONS, CAUSAL
 from npllm.cache import Cache, LayerCache, LayerSpec, Rows
 from npllm.config import MOST_LAYERS, Reader, divide
-from npllm.weights import Spec, Tensor, head_spec, norm_spec, under
+from npllm.weights import MLP, Bundle, Spec, Tensor, head_spec, norm_spec, under
 
 # Mask buffers that the published files carry beside the weights.
 BUFFERS = r"h\.\d+\.attn\.(bias|masked_bias)"
@@ -93,15 +93,16 @@ def layer_spec(c: Config) -> Spec:
         **conv1d_spec("attn.c_attn", D, 3 * D, "DH", "attention"),
         **conv1d_spec("attn.c_proj", D, D, "HD", "attention"),
         **norm_spec("ln_2", D, bias=True),
-        **conv1d_spec("mlp.c_fc", D, F, "DF", "ffn", bundle="mlp.fc"),
-        **conv1d_spec("mlp.c_proj", F, D, "FD", "ffn", bundle="mlp.fc"),
+        **conv1d_spec("mlp.c_fc", D, F, "DF", "ffn", bundle=("mlp", MLP)),
+        **conv1d_spec("mlp.c_proj", F, D, "FD", "ffn", bundle=("mlp", MLP)),
     }
 
 
-def conv1d_spec(name: str, into: int, out: int, axes: str, part: str, bundle: str | None = None) -> Spec:
+def conv1d_spec(name: str, into: int, out: int, axes: str, part: str, bundle: tuple[str, type] | None = None) -> Spec:
+    place = bundle and Bundle(*bundle, name.rpartition(".")[2])
     return {
-        f"{name}.weight": Tensor((into, out), axes, part, bundle, stored="io"),
-        f"{name}.bias": Tensor((out,), axes[1], part, bundle),
+        f"{name}.weight": Tensor((into, out), axes, part, place, stored="io"),
+        f"{name}.bias": Tensor((out,), axes[1], part, place),
     }
 
 
@@ -118,8 +119,8 @@ def block(be: Backend, c: Config, w: Any, x_MD: Array, rows: Rows, memory: Layer
     keys = memory.append(k_MHK, v_MHK, rows)
     o_MHV = be.mark("attention.heads", be.attention(q_MHK, keys, rows, mask=CAUSAL, scale=scale))
     x_MD = be.mark("attention.output", be.linear(merge_heads(o_MHV), w.attn.c_proj, x_MD))
-    act = ACTIVATIONS[c.activation_function]
-    return be.mark("output", be.mlp(x_MD, w.mlp.fc, act, norm=LN(w.ln_2, c.layer_norm_epsilon), residual_MD=x_MD))
+    norm = LN(w.ln_2, c.layer_norm_epsilon)
+    return be.mark("output", be.mlp(x_MD, w.mlp, c.activation_function, norm=norm, residual_MD=x_MD))
 
 
 def forward(be: Backend, c: Config, w: Any, tokens_M: Array, rows: Rows, cache: Cache) -> Array:

@@ -16,7 +16,7 @@ from typing import Any
 
 from npllm.arrays import Array
 from npllm.backend import RMS, Backend, merge_heads
-from npllm.blocks import ACTIVATIONS, CAUSAL, Angles, Mask, sliding
+from npllm.blocks import CAUSAL, Angles, Mask, sliding
 from npllm.cache import Cache, LayerCache, LayerSpec, Rows
 from npllm.config import DecoderConfig, Reader, read_decoder, read_layer_types
 from npllm.weights import Spec, attention_spec, decoder_spec, gated_ffn_spec, norm_spec
@@ -85,7 +85,7 @@ def block(be: Backend, c: Config, w: Any, x_MD: Array, angles: Angles, rows: Row
     o_MHV = be.mark("attention.heads", be.attention(q_MHK, keys, rows, mask=mask, scale=c.head_dim**-0.5))
     x_MD = be.mark("attention.output", be.linear(merge_heads(o_MHV), w.self_attn.o_proj, x_MD))
     norm = RMS(w.post_attention_layernorm, eps)
-    return be.mark("output", be.gated_ffn(x_MD, w.mlp, ACTIVATIONS[c.hidden_act], norm=norm, residual_MD=x_MD))
+    return be.mark("output", be.gated_ffn(x_MD, w.mlp, c.hidden_act, norm=norm, residual_MD=x_MD))
 
 
 def forward(be: Backend, c: Config, w: Any, tokens_M: Array, rows: Rows, cache: Cache) -> Array:

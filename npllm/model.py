@@ -1,0 +1,55 @@
+"""An architecture with its configuration and prepared weights: what a backend's `step` runs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from npllm.arrays import Array
+from npllm.backend import Backend
+from npllm.cache import Cache, Rows
+from npllm.checkpoint import Weight
+from npllm.errors import MemoryLimitError
+from npllm.machine import gibibytes
+from npllm.models import Architecture
+from npllm.weights import Spec, Tensor, count_parameters
+
+
+@dataclass(frozen=True)
+class Model:
+    """An architecture with its configuration and prepared weights."""
+
+    architecture: Architecture
+    config: Any
+    weights: Any
+    spec: Spec
+
+    def run(self, be: Backend, tokens_M: Array, rows: Rows, cache: Cache) -> Array:
+        """One forward pass -> logits_WN; the rows' lengths in `cache` grow only when it has succeeded."""
+        # A damaged weight is reported by name of what it spoils (NumericsError), not by a warning of NumPy's.
+        with be.limited(len(tokens_M), self.parameters), np.errstate(over="ignore", invalid="ignore"):
+            logits_WN = self.architecture.forward(be, self.config, self.weights, tokens_M, rows, cache)
+        cache.advance(rows)
+        return logits_WN
+
+    @functools.cached_property
+    def parameters(self) -> int:
+        """Parameters of the model; a tied head counts once."""
+        return count_parameters(self.spec)
+
+    def new_cache(self, be: Backend, max_context: int, kv_dtype: str | None) -> Cache:
+        return be.new_cache(self.architecture.cache_spec(self.config), max_context, kv_dtype)
+
+
+def check_memory(be: Backend, tensors: Collection[Tensor | Weight], name: str) -> None:
+    """MemoryLimitError, before anything is allocated, when the prepared weights exceed the memory that is free."""
+    needed, available = be.bytes_needed(tensors), be.available_memory()
+    if needed > available:
+        raise MemoryLimitError(
+            f"{name}: the weights need {gibibytes(needed)} as {be.array_dtype}, {gibibytes(available)} of memory is "
+            "available: free some, take a smaller model" + ("" if be.array_dtype == "float32" else ", or float32")
+        )
