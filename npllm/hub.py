@@ -199,7 +199,8 @@ class Repository:
         if isinstance(problem, OSError) and (problem.errno in UNWRITABLE or problem.filename is not None):
             where = self.cache_dir or constants.HF_HUB_CACHE
             return HubError(
-                f"cannot write {file or 'files'} to {where} ({problem.strerror}): free space there or set HF_HOME to another disk"
+                f"cannot write {file or 'files'} to {where} ({problem.strerror}): "
+                "free space there or set HF_HOME to another disk"
             )
         reason = " ".join(str(problem).split())[:200] or type(problem).__name__
         if file is None:

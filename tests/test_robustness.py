@@ -111,7 +111,7 @@ def test_a_cache_that_could_not_grow_is_as_it_was(monkeypatch: pytest.MonkeyPatc
     slot = cache.add()
     cache.reserve(100)
     monkeypatch.setattr(cache, "available", lambda: 0)
-    with pytest.raises(MemoryLimitError, match="GiB|MiB"):
+    with pytest.raises(MemoryLimitError, match="is available"):
         cache.add()
     assert cache.lengths == [0]
     monkeypatch.undo()
