@@ -26,6 +26,7 @@ from npllm.arrays import Array
 from npllm.backend import get_backend
 from npllm.bench import measure, random_llm
 from npllm.machine import cores, cpu_name
+from npllm.weights import leaves
 
 PROMPT, NEW = 512, 64
 
@@ -75,20 +76,8 @@ def timed(work: Callable[[], Any]) -> float:
 
 def weight_matrices(tree: Any) -> Iterator[Array]:
     """Every distinct matrix of a model's weight tree (a tied head is the embedding)."""
-    seen: set[int] = set()
-
-    def walk(node: Any) -> Iterator[Array]:
-        if isinstance(node, np.ndarray):
-            if node.ndim == 2 and id(node) not in seen:
-                seen.add(id(node))
-                yield node
-        elif isinstance(node, list | tuple):
-            for child in node:
-                yield from walk(child)
-        elif node is not None:
-            yield from walk(list(vars(node).values()))
-
-    return walk(tree)
+    distinct = {id(weight): weight for _, weight in leaves(tree) if weight.ndim == 2}
+    return iter(distinct.values())
 
 
 def widths(matrices: list[Array]) -> set[int]:

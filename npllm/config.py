@@ -234,7 +234,6 @@ def _read_rope_section(section: Reader, dim: int, theta: float, positions: int, 
     theta = section.real("rope_theta", theta)
     section.only("partial_rotary_factor", 1.0)
     if kind == "default":
-        section.seen |= set(section.values)
         return Rope(dim=dim, theta=theta)
     if section.raw("factor") is None:
         raise ConfigError(f"{section.name}: rope type {kind!r} needs a factor")

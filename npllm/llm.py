@@ -17,7 +17,7 @@ from npllm.backend import Backend
 from npllm.cache import Cache
 from npllm.checkpoint import fingerprint
 from npllm.config import shown
-from npllm.errors import ArgumentError, ContextError, TokenizerError
+from npllm.errors import ArgumentError, ContextError, NumericsError, TokenizerError
 from npllm.generation import (
     PREFILL,
     Batch,
@@ -40,7 +40,7 @@ from npllm.promptcache import PromptCache
 from npllm.sampling import Sampling, check_finite, log_softmax, whole
 from npllm.tokenizer import Tokenizer
 from npllm.trace import Trace, tracing
-from npllm.weights import build_tree, random_weights
+from npllm.weights import build_tree, leaves, random_weights
 
 Prompt = str | Sequence[int] | Array
 
@@ -321,7 +321,28 @@ class LLM:
                 leader.slot, leader.cached = reuse.slot, reuse.rewind(leader.prompt)
                 leader.pending = leader.prompt[leader.cached :]
         pieces = batch.run(rows, copies)
-        return rows, pieces if reuse is None else self._reusing(reuse, reuse.runs, pieces, rows[0], keep), batch.clock
+        if reuse is not None:
+            pieces = self._reusing(reuse, reuse.runs, pieces, rows[0], keep)
+        return rows, self._explained(pieces), batch.clock
+
+    def _explained(self, pieces: Iterator[tuple[int, Piece]]) -> Generator[tuple[int, Piece], None, None]:
+        with self._explaining():
+            yield from pieces
+
+    @contextlib.contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """Numbers that are not finite are reported with the model's name and the weight they come from."""
+        try:
+            yield
+        except NumericsError as error:
+            raise NumericsError(f"{self.name}: {error}{self._damage()}") from None
+
+    def _damage(self) -> str:
+        be = self.backend
+        for path, weight in leaves(self.model.weights):
+            if not np.isfinite(be.to_numpy(be.dense(weight))).all():
+                return f"; {path} holds such numbers"
+        return ""
 
     def _take_conversation(self) -> PromptCache:
         """The cache of the conversation before this one, out of reach of other threads until the run has ended."""
@@ -392,7 +413,8 @@ class LLM:
             piece = ids[start : min(start + size, len(ids) - 1)]
             rows = cache.plan([slot], [len(piece)])
             logits_TN = self.backend.to_numpy(self.model.run(be, be.asarray(piece, dtype="int64"), rows, cache))
-            check_finite(logits_TN)
+            with self._explaining():
+                check_finite(logits_TN)
             targets = np.array(ids[start + 1 : start + 1 + len(piece)])
             logprobs += log_softmax(logits_TN)[np.arange(len(piece)), targets].tolist()
         return Score(ids, logprobs)

@@ -10,7 +10,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -179,6 +179,8 @@ def match(spec: Spec, checkpoint: Checkpoint, buffers: str | None = None) -> dic
     misshaped tensors raise CheckpointError naming the tensor as the file spells it.
     """
     stored = _stored_names(checkpoint, buffers)
+    # Formats first: a quantised file would otherwise be refused for the scales that it holds besides.
+    found = {name: checkpoint.weight(stored[name]) for name in spec if name in stored}
     _refuse_unexpected(spec, stored, checkpoint)
     handles: dict[str, Weight] = {}
     for name, tensor in spec.items():
@@ -190,7 +192,7 @@ def match(spec: Spec, checkpoint: Checkpoint, buffers: str | None = None) -> dic
         if shape != tensor.shape:
             wanted = f"the config asks for {list(tensor.shape)}"
             raise CheckpointError(f"{checkpoint.folder}: tensor {stored[name]} has shape {list(shape)}, {wanted}")
-        handle = checkpoint.weight(stored[name])
+        handle = found[name]
         # Some checkpoints store a tied head beside the embedding: the same numbers are kept once.
         if tensor.alias is not None and handle.equals(handles[tensor.alias]):
             continue
@@ -326,6 +328,22 @@ def _nest(flat: Mapping[str, Any]) -> Any:
     if values and all(key.isdigit() for key in values):
         return [values[str(i)] for i in range(len(values))]
     return SimpleNamespace(**values)
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every prepared weight of a tree with its path, `layers.3.self_attn.qkv.q_proj.weight`."""
+    if isinstance(tree, SimpleNamespace):
+        children = list(vars(tree).items())
+    elif isinstance(tree, list):
+        children = [(str(i), child) for i, child in enumerate(tree)]
+    elif isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        children = list(zip(tree._fields, tree, strict=True))
+    else:
+        if tree is not None:
+            yield path, tree
+        return
+    for name, child in children:
+        yield from leaves(child, f"{path}.{name}" if path else name)
 
 
 def stored_bytes(handles: Iterable[Weight]) -> int:
