@@ -15,12 +15,12 @@ import numpy as np
 
 from npllm import blocks, parallel
 from npllm.arrays import Array
-from npllm.backend import Backend, Norm
+from npllm.backend import Backend, Norm, split_heads
 from npllm.blocks.masks import Mask
 from npllm.blocks.rope import Angles
 from npllm.cache import Keys, Rows
 from npllm.machine import default_threads
-from npllm.weights import GatedFFN, Linear
+from npllm.weights import QKV, GatedFFN, Linear
 
 # Tokens from which a step is cut into parts.
 SPLIT = 64
@@ -28,6 +28,9 @@ SPLIT = 64
 # Multiply-adds below which one thread is faster than waking a second.
 SMALL_PRODUCT = 1 << 23
 SMALL_STEP = 1 << 25
+
+# Features of a product that one thread computes at a time: more parts than threads, so that a disturbed one holds up less.
+WIDE = 1024
 
 # Features that one thread takes through gate, up and activation at a time: with 512 tokens they stay in its cache.
 FEATURES = 256
@@ -72,7 +75,7 @@ class NumpyBackend(Backend):
             if residual_MF is not None:
                 y_MF[:, part] += residual_MF[:, part]
 
-        parallel.each(features, parallel.split(len(w.weight), self.parts), self.parts)
+        parallel.each(features, parallel.split(len(w.weight), max(self.parts, len(w.weight) // WIDE)), self.parts)
         return y_MF
 
     def attention(
@@ -84,6 +87,23 @@ class NumpyBackend(Backend):
         pieces = self.attention_pieces(q_MHK, keys, rows, out_MHV, mask, scale, softcap)
         parallel.each(lambda piece: piece(), pieces, self.parts)
         return out_MHV
+
+    def project_heads(
+        self, x_MD: Array, w: QKV, /, head_dim: int, *, norm: Norm | None = None
+    ) -> tuple[Array, Array, Array]:
+        if len(x_MD) < SPLIT or x_MD.size * len(w.k_proj.weight) < SMALL_PRODUCT:
+            return super().project_heads(x_MD, w, head_dim, norm=norm)
+        h_MD = self.normed(x_MD, norm)
+        outputs = [np.empty((len(h_MD), len(module.weight)), h_MD.dtype) for module in w]
+        # One round for the three products: the threads wait for each other once.
+        parts = [
+            (module, out, part)
+            for module, out in zip(w, outputs, strict=True)
+            for part in parallel.split(out.shape[1], max(self.parts, out.shape[1] // WIDE))
+        ]
+        parallel.each(lambda each: _linear(h_MD, each[0], each[2], each[1][:, each[2]]), parts, self.parts)
+        q_MF, k_MF, v_MF = outputs
+        return split_heads(q_MF, head_dim), split_heads(k_MF, head_dim), split_heads(v_MF, head_dim)
 
     def gated_ffn(
         self, x_MD: Array, w: GatedFFN, /, act: str, *, norm: Norm | None = None, residual_MD: Array | None = None
