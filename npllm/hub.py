@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from npllm.checkpoint import find_weights
-from npllm.config import read_json
+from npllm.config import printable, read_json
 from npllm.errors import CheckpointError, HubError
 
 log = logging.getLogger("npllm")
@@ -87,7 +87,7 @@ def fetch(
     cache serves, with a warning. Raises HubError.
     """
     if not looks_like_hub_id(model_id):
-        raise HubError(f"{model_id!r}: no such folder, nor spelled like a hub id (owner/name)")
+        raise HubError(f"{printable(repr(model_id), 300)}: no such folder, nor spelled like a hub id (owner/name)")
     repository = Repository(model_id, revision or "main", cache_dir, endpoint)
     wanted = Wanted(config_only, pickles, check)
     folder = repository.cached(repository.revision)

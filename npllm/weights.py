@@ -344,8 +344,3 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         return
     for name, child in children:
         yield from leaves(child, f"{path}.{name}" if path else name)
-
-
-def stored_bytes(handles: Iterable[Weight]) -> int:
-    """Bytes of the weights as they lie in the checkpoint."""
-    return sum(handle.nbytes for handle in handles)

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save, save_file
 
 from npllm.checkpoint import LONGEST_HEADER, Checkpoint, SafetensorsFile, Weight, find_weights, fingerprint
 from npllm.errors import CheckpointError
+from tests.refusals import refused
 
 DATA = np.arange(6, dtype=np.float32).reshape(2, 3)
 GOOD = {"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
@@ -26,17 +27,6 @@ def write(path: Path, header: Any, data: bytes = DATA.tobytes(), length: int | N
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
     return path
-
-
-def refused(read: Callable[[], Any], *words: str) -> None:
-    """`read` raises a CheckpointError of one short line that holds each of `words`."""
-    with pytest.raises(CheckpointError) as caught:
-        read()
-    message = str(caught.value)
-    assert message.isprintable()
-    assert len(message) < 700
-    for word in words:
-        assert word in message
 
 
 def entry(**changes: Any) -> dict[str, Any]:
@@ -93,14 +83,14 @@ HEADERS: list[tuple[str, Any, str]] = [
 @pytest.mark.parametrize(("header", "problem"), [each[1:] for each in HEADERS], ids=[each[0] for each in HEADERS])
 def test_a_damaged_header_is_refused_with_file_and_tensor(tmp_path: Path, header: Any, problem: str) -> None:
     path = write(tmp_path / "model.safetensors", header)
-    refused(lambda: SafetensorsFile(path), str(path), problem)
+    refused(CheckpointError, lambda: SafetensorsFile(path), str(path), problem)
 
 
 @pytest.mark.parametrize("size", range(8))
 def test_a_file_too_short_for_its_length_is_refused(tmp_path: Path, size: int) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(bytes(size))
-    refused(lambda: SafetensorsFile(path), str(path), f"{size} bytes is too short")
+    refused(CheckpointError, lambda: SafetensorsFile(path), str(path), f"{size} bytes is too short")
 
 
 @pytest.mark.parametrize(
@@ -109,13 +99,13 @@ def test_a_file_too_short_for_its_length_is_refused(tmp_path: Path, size: int) -
 )
 def test_a_header_length_beyond_file_or_limit_is_refused(tmp_path: Path, length: int, problem: str) -> None:
     path = write(tmp_path / "model.safetensors", GOOD, length=length)
-    refused(lambda: SafetensorsFile(path), str(path), problem)
+    refused(CheckpointError, lambda: SafetensorsFile(path), str(path), problem)
 
 
 def test_a_pointer_of_git_lfs_is_refused_with_the_command_that_fetches_the_file(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 988097824\n")
-    refused(lambda: SafetensorsFile(path), str(path), "git lfs pull")
+    refused(CheckpointError, lambda: SafetensorsFile(path), str(path), "git lfs pull")
 
 
 def test_every_truncation_of_a_good_file_is_refused(tmp_path: Path) -> None:
@@ -123,12 +113,12 @@ def test_every_truncation_of_a_good_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
-        refused(lambda: SafetensorsFile(path), str(path))
+        refused(CheckpointError, lambda: SafetensorsFile(path), str(path))
 
 
 def test_a_folder_or_nothing_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
-    refused(lambda: SafetensorsFile(tmp_path), str(tmp_path), "cannot be read")
-    refused(lambda: SafetensorsFile(tmp_path / "none.safetensors"), "none.safetensors", "cannot be read")
+    refused(CheckpointError, lambda: SafetensorsFile(tmp_path), str(tmp_path), "cannot be read")
+    refused(CheckpointError, lambda: SafetensorsFile(tmp_path / "none.safetensors"), "none.safetensors", "cannot be read")
 
 
 def test_a_file_that_shrinks_after_its_header_was_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +127,7 @@ def test_a_file_that_shrinks_after_its_header_was_read_is_refused(tmp_path: Path
     before = entries.entries, entries.start, 24
     path.write_bytes(path.read_bytes()[:-4])
     monkeypatch.setattr("npllm.checkpoint.read_header", lambda path: before)
-    refused(lambda: SafetensorsFile(path), str(path), "cannot be mapped")
+    refused(CheckpointError, lambda: SafetensorsFile(path), str(path), "cannot be mapped")
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "U8", "BOOL", "I64", "C64"])
@@ -145,7 +135,7 @@ def test_a_format_that_is_not_computed_with_is_refused_by_name(tmp_path: Path, d
     itemsize = {"I64": 8, "C64": 8}.get(dtype, 1)
     header = {"w": {"dtype": dtype, "shape": [24 // itemsize], "data_offsets": [0, 24]}}
     file = SafetensorsFile(write(tmp_path / "model.safetensors", header))
-    refused(lambda: file.weight("w"), str(file.path), "tensor w", dtype, "F32")
+    refused(CheckpointError, lambda: file.weight("w"), str(file.path), "tensor w", dtype, "F32")
 
 
 # -- valid files --
@@ -171,7 +161,7 @@ def test_a_valid_file_is_read_as_safetensors_reads_it(
     for name, values in wanted.items():
         assert file.shape(name) == values.shape
         if values.dtype.kind != "f":
-            refused(lambda name=name: file.weight(name), name)
+            refused(CheckpointError, lambda name=name: file.weight(name), name)
             continue
         found = file.weight(name)
         np.testing.assert_array_equal(found.data, values, strict=True)
@@ -325,50 +315,50 @@ def test_an_index_cannot_name_a_file_outside_the_folder(tmp_path: Path, shard: s
     folder.mkdir()
     save_file({"a": DATA}, tmp_path / "model.safetensors")
     index = write_index(folder, {"a": shard})
-    refused(lambda: find_weights(folder), str(index))
+    refused(CheckpointError, lambda: find_weights(folder), str(index))
 
 
 def test_an_index_that_names_a_missing_shard_is_refused(tmp_path: Path) -> None:
     save_file({"a": DATA}, tmp_path / "one.safetensors")
     index = write_index(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"})
-    refused(lambda: Checkpoint(tmp_path), str(index), "two.safetensors", "missing")
+    refused(CheckpointError, lambda: Checkpoint(tmp_path), str(index), "two.safetensors", "missing")
 
 
 def test_an_index_that_places_a_tensor_wrongly_is_refused(tmp_path: Path) -> None:
     save_file({"a": DATA}, tmp_path / "one.safetensors")
     write_index(tmp_path, {"a": "one.safetensors", "b": "one.safetensors"})
-    refused(lambda: Checkpoint(tmp_path), "one.safetensors", "tensor b")
+    refused(CheckpointError, lambda: Checkpoint(tmp_path), "one.safetensors", "tensor b")
 
 
 @pytest.mark.parametrize("weight_map", [None, [], {}, "x", {"a": 1}, {"a": None}, {"a": ["one.safetensors"]}])
 def test_an_index_without_a_map_of_names_is_refused(tmp_path: Path, weight_map: Any) -> None:
     index = write_index(tmp_path, weight_map)
-    refused(lambda: find_weights(tmp_path), str(index), "weight_map")
+    refused(CheckpointError, lambda: find_weights(tmp_path), str(index), "weight_map")
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff", b"9" * 5000, b"[" * 100_000])
 def test_an_index_that_is_no_json_object_is_refused(tmp_path: Path, text: bytes) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_bytes(text)
-    refused(lambda: find_weights(tmp_path), str(index))
+    refused(CheckpointError, lambda: find_weights(tmp_path), str(index))
 
 
 @given(JSON_VALUES)
 def test_any_index_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, weight_map: Any) -> None:
     folder = tmp_path_factory.mktemp("index")
     write_index(folder, weight_map)
-    refused(lambda: Checkpoint(folder), "model.safetensors.index.json")
+    refused(CheckpointError, lambda: Checkpoint(folder), "model.safetensors.index.json")
 
 
 def test_names_with_control_characters_are_refused(tmp_path: Path) -> None:
     save_file({"a\nb\x1b[2J": DATA}, tmp_path / "model.safetensors")
-    refused(lambda: Checkpoint(tmp_path), "model.safetensors", "control characters", r"a\nb\x1b[2J")
+    refused(CheckpointError, lambda: Checkpoint(tmp_path), "model.safetensors", "control characters", r"a\nb\x1b[2J")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
 def test_a_link_to_weights_that_are_gone_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).symlink_to(tmp_path / "blobs" / "f00d")
-    refused(lambda: find_weights(tmp_path), str(tmp_path / name), "f00d, which is missing")
+    refused(CheckpointError, lambda: find_weights(tmp_path), str(tmp_path / name), "f00d, which is missing")
 
 
 def test_a_folder_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,7 +366,7 @@ def test_a_folder_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch: 
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "iterdir", fail)
-    refused(lambda: find_weights(tmp_path), f"{tmp_path}: cannot be listed (Permission denied)")
+    refused(CheckpointError, lambda: find_weights(tmp_path), f"{tmp_path}: cannot be listed (Permission denied)")
 
 
 @pytest.mark.parametrize(
@@ -385,10 +375,11 @@ def test_a_folder_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch: 
 )
 def test_a_folder_of_pickles_is_refused_with_the_command_that_converts_it(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"anything")
-    refused(lambda: find_weights(tmp_path), name, f"npllm convert {tmp_path} OUT")
+    refused(CheckpointError, lambda: find_weights(tmp_path), name, f"npllm convert {tmp_path} OUT")
 
 
 def test_a_folder_without_weights_says_what_is_missing(tmp_path: Path) -> None:
-    refused(lambda: find_weights(tmp_path), str(tmp_path), "model.safetensors")
+    refused(CheckpointError, lambda: find_weights(tmp_path), str(tmp_path), "model.safetensors")
     save_file({"a": DATA}, tmp_path / "model-00001-of-00002.safetensors")
-    refused(lambda: find_weights(tmp_path), "model.safetensors.index.json", "model-00001-of-00002.safetensors")
+    words = "model.safetensors.index.json", "model-00001-of-00002.safetensors"
+    refused(CheckpointError, lambda: find_weights(tmp_path), *words)

@@ -17,9 +17,10 @@ from safetensors.numpy import load_file, save_file
 
 import npllm
 from npllm.cache import LayerCache
-from npllm.errors import ArgumentError, CheckpointError, ContextError, NpllmError, NumericsError
+from npllm.errors import ArgumentError, CheckpointError, ContextError, NumericsError
 from npllm.sampling import Sampler, Sampling, log_softmax
 from tests.models import make_checkpoint
+from tests.refusals import refused
 
 PROMPTS = [[5, 250, 17], [40], [99, 98, 97, 96, 95, 94, 93, 200], [5, 250, 17, 3]]
 LONG = [(7 * i) % 290 + 3 for i in range(20)]
@@ -33,15 +34,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def llm(folder: Path) -> npllm.LLM:
     return npllm.load(folder, backend="numpy")
-
-
-def refused(error: type[NpllmError], act: Callable[[], Any], *words: str) -> None:
-    """`act` raises `error` with a text of one line that holds each of `words`."""
-    with pytest.raises(error) as caught:
-        act()
-    assert str(caught.value).isprintable()
-    for word in words:
-        assert word in str(caught.value)
 
 
 def fresh_logits(llm: npllm.LLM, ids: list[int]) -> np.ndarray[Any, Any]:

@@ -20,25 +20,16 @@ from npllm.errors import (
     ConfigError,
     HubError,
     MemoryLimitError,
-    NpllmError,
     NumericsError,
     TokenizerError,
 )
 from npllm.models import read_config
 from tests.models import ABSENT, PREFIX, STORAGE, make_checkpoint, make_config, make_tensors, make_tokenizer, save_tensors
+from tests.refusals import refused
 
 ARCHITECTURES = sorted(PREFIX)
 IDS = np.array([[5, 250, 17, 3, 99]])
 Tensors = dict[str, np.ndarray[Any, Any]]
-
-
-def refused(error: type[NpllmError], act: Callable[[], Any], *words: str) -> None:
-    """`act` raises `error` with a text of one line that holds each of `words`."""
-    with pytest.raises(error) as caught:
-        act()
-    assert str(caught.value).isprintable()
-    for word in words:
-        assert word in str(caught.value)
 
 
 def logits(folder: Path, **options: Any) -> np.ndarray[Any, Any]:
