@@ -181,7 +181,11 @@ class LLM:
 
     def prompt_cache(self) -> PromptCache:
         """A cache that one conversation or document can go on in: pass it as `cache=`, save it, load it."""
-        return PromptCache(self.new_cache(), self.fingerprint or self.name)
+        return PromptCache(self.new_cache(), self._identity)
+
+    @property
+    def _identity(self) -> str:
+        return self.fingerprint or self.name
 
     @contextlib.contextmanager
     def trace(self) -> Iterator[Trace]:
@@ -353,7 +357,7 @@ class LLM:
     def _check_cache(self, cache: PromptCache) -> None:
         if not isinstance(cache, PromptCache):
             raise ArgumentError(f"cache = {shown(cache)} must be a prompt_cache() of this model")
-        if differs := cache.differences(self.prompt_cache()):
+        if differs := cache.differences(self.new_cache(), self._identity):
             raise ArgumentError(f"cache: it belongs to another model or setting ({', '.join(differs)} differ)")
         if self._trace is not None and self._trace.patches:
             raise ArgumentError("cache: it would keep what the trace's patches change; leave it out while patching")

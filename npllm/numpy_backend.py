@@ -66,6 +66,7 @@ class NumpyBackend(Backend):
         return self._rowwise(lambda x, cos, sin: rotate(np, x, Angles(cos, sin)), x_MHK, *angles)
 
     def linear(self, x_MD: Array, w: Linear, /, residual_MF: Array | None = None) -> Array:
+        # The head of a prompt's step sees one row; BLAS is kept to one thread there, so it is cut like the rest.
         if x_MD.size * len(w.weight) < SMALL_PRODUCT or (len(x_MD) < SPLIT and not parallel.blas_is_alone()):
             return super().linear(x_MD, w, residual_MF)
         y_MF = np.empty((len(x_MD), len(w.weight)), x_MD.dtype)

@@ -60,18 +60,12 @@ class PromptCache:
             self.tokens = list(tokens[: self.cache.lengths[self.slot]])
 
     def _about(self) -> dict[str, str]:
-        return {
-            "format": FORMAT,
-            "model": self.model,
-            "dtype": self.cache.compute_dtype,
-            "kv_dtype": self.cache.kv_dtype,
-            "layers": json.dumps([list(spec) for spec in self.cache.specs]),
-        }
+        return _describe(self.cache, self.model)
 
-    def differences(self, other: PromptCache) -> list[str]:
-        """What keeps this cache from standing in for `other`: names of "model", "dtype", "kv_dtype", "layers"."""
-        theirs = other._about()
-        return [name for name, value in self._about().items() if theirs[name] != value]
+    def differences(self, cache: Cache, model: str) -> list[str]:
+        """What keeps this from being a prompt cache of `model` around `cache`: "model", "dtype", "kv_dtype", "layers"."""
+        wanted = _describe(cache, model)
+        return [name for name, value in self._about().items() if wanted[name] != value]
 
     def save(self, path: str | Path) -> None:
         """Write tokens, keys and values as safetensors; the file appears whole or not at all."""
@@ -120,6 +114,16 @@ class PromptCache:
         wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         if wrong:
             raise CheckpointError(f"{path}: damaged prompt cache: {printable(wrong[0])} is missing, unexpected or misshaped")
+
+
+def _describe(cache: Cache, model: str) -> dict[str, str]:
+    return {
+        "format": FORMAT,
+        "model": model,
+        "dtype": cache.compute_dtype,
+        "kv_dtype": cache.kv_dtype,
+        "layers": json.dumps([list(spec) for spec in cache.specs]),
+    }
 
 
 def _write_whole(path: Path, content: bytes) -> None:

@@ -75,16 +75,9 @@ def _random(args: argparse.Namespace) -> LLM:
 
 def describe(llm: LLM) -> dict[str, Any]:
     """What is measured: the first fields of the document."""
-    from npllm.machine import cores
+    from npllm.machine import default_threads
 
-    return {**options.about(llm), "parameters": llm.parameters, "threads": llm.backend.threads or _blas_threads() or cores()}
-
-
-def _blas_threads() -> int | None:
-    """How many threads BLAS uses by itself: the environment may say (OPENBLAS_NUM_THREADS); None where it has no pool."""
-    from threadpoolctl import threadpool_info
-
-    return max((pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"), default=None)
+    return {**options.about(llm), "parameters": llm.parameters, "threads": llm.backend.threads or default_threads()}
 
 
 def _progress(text: str) -> None:

@@ -186,7 +186,7 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 def about(llm: LLM) -> dict[str, Any]:
     """The fields that say what ran: model, backend, dtype (arithmetic), kv_dtype; all str."""
-    kv_dtype = llm.kv_dtype or llm.backend.dtype
+    kv_dtype = llm.kv_dtype or llm.backend.array_dtype
     return {"model": llm.name, "backend": llm.backend.name, "dtype": llm.backend.dtype, "kv_dtype": kv_dtype}
 
 
