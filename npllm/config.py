@@ -73,11 +73,12 @@ def _deeper(value: Any, levels: int) -> bool:
 class Reader:
     """Typed access to one JSON object that remembers which keys were read.
 
-    `name` stands at the head of every error: the file, or the file and the nested section.
+    `name` stands at the head of every error: the file, or the file and the nested section. `warn` takes what is no error,
+    as logging does: a format and its arguments.
     """
 
-    def __init__(self, values: dict[str, Any], name: str = "config.json") -> None:
-        self.values, self.name, self.seen = values, name, set[str]()
+    def __init__(self, values: dict[str, Any], name: str = "config.json", warn: Callable[..., None] = log.warning) -> None:
+        self.values, self.name, self.warn, self.seen = values, name, warn, set[str]()
 
     def fail(self, key: str, problem: str) -> ConfigError:
         return ConfigError(f"{self.name}: {key} = {shown(self.values.get(key), _json)} {problem}")
@@ -149,7 +150,7 @@ class Reader:
             return None
         if not isinstance(value, dict):
             raise self.fail(key, "must be an object")
-        return Reader(value, f"{self.name}: {key}")
+        return Reader(value, f"{self.name}: {key}", self.warn)
 
     def only(self, key: str, value: Any) -> None:
         """Demand that `key` is absent, null or `value`: anything else would change the result and is not supported."""
@@ -163,7 +164,7 @@ class Reader:
         """Warn once about the keys that nobody read and nobody declared to be without effect."""
         unread = [printable(key) for key in self.unread(ignored) if not key.startswith("_")]
         if unread:
-            log.warning("%s: these keys are unknown to npllm and have no effect: %s", self.name, ", ".join(unread))
+            self.warn("%s: these keys are unknown to npllm and have no effect: %s", self.name, ", ".join(unread))
 
 
 def nearest(word: str, names: Iterable[str]) -> str:
@@ -205,7 +206,7 @@ def read_rope(reader: Reader, dim: int, *, theta: float, positions: int) -> Rope
     scaling, parameters = reader.section("rope_scaling"), reader.section("rope_parameters")
     if scaling is not None and scaling.values:
         if parameters is not None:
-            log.warning("%s: rope_scaling takes the place of rope_parameters, its rope_theta included", reader.name)
+            reader.warn("%s: rope_scaling takes the place of rope_parameters, its rope_theta included", reader.name)
         parameters = scaling
     reader.only("partial_rotary_factor", 1.0)
     if parameters is None:

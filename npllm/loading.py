@@ -85,11 +85,7 @@ def locate(source: str | Path | None, revision: str | None = None) -> Path:
 
     def check(values: dict[str, Any]) -> None:
         # Only errors matter here: `load` reads the file again when the weights are there, and then says its warnings.
-        was, log.disabled = log.disabled, True
-        try:
-            interpret(values, f"{source}: config.json")
-        finally:
-            log.disabled = was
+        interpret(values, f"{source}: config.json", warn=lambda *_: None)
 
     return hub.fetch(str(source), revision=revision, check=check)
 

@@ -10,7 +10,7 @@ from typing import Any
 from npllm.arrays import Array, Namespace
 from npllm.blocks.masks import Mask
 
-# `blocked_attention` takes this many queries at a time, and heads until it has this many scores: they stay in the cache,
+# `attention_pieces` takes this many queries at a time, and heads until it has this many scores: they stay in the cache,
 # and half of a causal square is skipped.
 QUERY_BLOCK = 64
 SCORES = 1 << 18

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -51,23 +52,26 @@ def read_config(folder: Path) -> Described:
     return interpret(read_json(path, missing="; a model folder needs one"), str(path))
 
 
-def interpret(values: dict[str, Any], name: str = "config.json") -> Described:
-    """A parsed config.json -> its architecture and Config; ConfigError names the field that does not fit."""
+def interpret(values: dict[str, Any], name: str = "config.json", warn: Callable[..., None] = log.warning) -> Described:
+    """A parsed config.json -> its architecture and Config; ConfigError names the field that does not fit.
+
+    `warn` as in npllm.config.Reader.
+    """
     text = values.get(NESTED)
     if isinstance(text, dict):
-        log.warning("%s: a multimodal model; only its text part runs", name)
+        warn("%s: a multimodal model; only its text part runs", name)
         refuse_quantised(values, name)
         inherited = {key: values[key] for key in INHERITED if key in values and key not in text}
         values, name = inherited | text, f"{name}: {NESTED}"
     if "auto_map" in values:
-        log.warning("%s: its auto_map names code of the checkpoint's author; npllm never runs it", name)
+        warn("%s: its auto_map names code of the checkpoint's author; npllm never runs it", name)
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in REGISTRY:
         problem = "has no model_type" if kind is None else f"model_type {shown(kind)} is not supported"
         raise ConfigError(f"{name}: {problem}; supported: {nearest(shown(kind, str), REGISTRY)}")
     refuse_quantised(values, name)
     architecture = import_module(f"npllm.models.{REGISTRY[kind]}")
-    reader = Reader(values, name)
+    reader = Reader(values, name, warn)
     config = architecture.Config.read(reader)
     reader.finish(getattr(architecture, "IGNORED", ()))
     return Described(architecture, config, values)
