@@ -12,6 +12,9 @@ binds the letters to sizes on every call of a block or backend operation, so a s
 | D      | model width (hidden size)                 | N      | vocabulary                                  |
 | H      | query heads                               | W      | rows whose logits are wanted                |
 | G      | key/value heads                           | R      | query heads per key/value head, H / G       |
+| E      | experts                                   | C      | experts chosen for a token                  |
+| L      | latent width of MLA (kv_lora_rank)        | A      | AltUp streams (altup_num_inputs)            |
+| Y      | layers                                    | P      | width of a per-layer input                  |
 """
 
 from __future__ import annotations

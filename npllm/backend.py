@@ -24,9 +24,9 @@ from npllm.arrays import Array, DTypeLike, Namespace
 from npllm.blocks.masks import Mask
 from npllm.blocks.rope import Angles, Rope
 from npllm.cache import Cache, Keys, LayerSpec, Rows
-from npllm.checkpoint import Weight
 from npllm.config import nearest
 from npllm.errors import BackendError
+from npllm.handles import Weight
 from npllm.machine import available_memory
 from npllm.sampling import Drawn, whole
 from npllm.weights import MLP, QKV, GatedFFN, Linear, Tensor

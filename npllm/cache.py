@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from npllm.arrays import Array, Namespace
+from npllm.blocks.masks import CAUSAL, Mask
 from npllm.errors import ArgumentError, MemoryLimitError
 from npllm.machine import available_memory, gibibytes
 
@@ -22,11 +23,15 @@ KV_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2}
 
 
 class LayerSpec(NamedTuple):
-    """What one layer keeps per token: G key heads of width K and G value heads of width V."""
+    """What one layer keeps per token: G key heads of width K and G value heads of width V.
+
+    `mask` is the rule that its queries see keys by: keys that it can reach no more are not kept.
+    """
 
     heads: int
     key_dim: int
     value_dim: int
+    mask: Mask = CAUSAL
 
     def bytes_per_token(self, kv_dtype: str) -> int:
         return self.heads * (self.key_dim + self.value_dim) * KV_BYTES[kv_dtype]

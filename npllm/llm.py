@@ -15,7 +15,7 @@ import numpy as np
 from npllm.arrays import Array
 from npllm.backend import Backend
 from npllm.cache import Cache
-from npllm.checkpoint import fingerprint
+from npllm.handles import fingerprint
 from npllm.config import shown
 from npllm.errors import ArgumentError, ContextError, NumericsError, TokenizerError
 from npllm.generation import (

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from npllm.backend import Backend, get_backend
-from npllm.checkpoint import Checkpoint, Weight, fingerprint
+from npllm.checkpoint import Checkpoint
 from npllm.config import Reader, read_json
 from npllm.errors import ArgumentError, ConfigError, TokenizerError
+from npllm.handles import Weight, fingerprint
 from npllm.llm import LLM, Defaults
 from npllm.model import Model, check_memory
 from npllm.models import Described, read_config

@@ -12,8 +12,8 @@ import numpy as np
 from npllm.arrays import Array
 from npllm.backend import Backend
 from npllm.cache import Cache, Rows
-from npllm.checkpoint import Weight
 from npllm.errors import MemoryLimitError
+from npllm.handles import Weight
 from npllm.machine import gibibytes
 from npllm.models import Architecture
 from npllm.weights import Spec, Tensor, count_parameters

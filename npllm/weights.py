@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npllm.checkpoint import Checkpoint, Weight
+from npllm.checkpoint import Checkpoint
 from npllm.config import DecoderConfig
 from npllm.errors import CheckpointError
+from npllm.handles import Weight
 
 log = logging.getLogger("npllm")
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load_file, save, save_file
 
-from npllm.checkpoint import LONGEST_HEADER, Checkpoint, SafetensorsFile, Weight, find_weights, fingerprint
+from npllm.checkpoint import LONGEST_HEADER, Checkpoint, SafetensorsFile, find_weights
+from npllm.handles import Weight, fingerprint
 from npllm.errors import CheckpointError
 from tests.refusals import refused
 

@@ -20,8 +20,9 @@ log = logging.getLogger("npllm")
 # model_type of config.json -> file in this folder.
 REGISTRY = {"gpt2": "gpt2", "llama": "llama3", "qwen3": "qwen3"}
 
-# Multimodal wrappers keep the text model's configuration here.
+# Multimodal wrappers keep the text model's configuration here; it may leave its own model_type to the wrapper's.
 NESTED = "text_config"
+WRAPPERS: dict[str, str] = {}
 
 # What the text part takes from the wrapper where it says nothing itself.
 INHERITED = ("tie_word_embeddings", "eos_token_id", "auto_map")
@@ -62,6 +63,8 @@ def interpret(values: dict[str, Any], name: str = "config.json", warn: Callable[
         warn("%s: a multimodal model; only its text part runs", name)
         refuse_quantised(values, name)
         inherited = {key: values[key] for key in INHERITED if key in values and key not in text}
+        if (wrapper := values.get("model_type")) in WRAPPERS and "model_type" not in text:
+            inherited["model_type"] = WRAPPERS[wrapper]
         values, name = inherited | text, f"{name}: {NESTED}"
     if "auto_map" in values:
         warn("%s: its auto_map names code of the checkpoint's author; npllm never runs it", name)

@@ -29,7 +29,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from . import command
-from .cases import rope
+from .cases.case import rope
 from .float64 import float64
 from .models import versions
 

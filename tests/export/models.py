@@ -204,7 +204,7 @@ def control_logits(model: PreTrainedModel, case: Case, change: dict[str, Any], t
 
 def write_old_config(model: PreTrainedModel, case: Case, folder: Path, trace: dict[str, Tensor]) -> None:
     """Writes `config.old.json`, after transformers has read it to the same logits."""
-    old = old_spelling(json.loads((folder / "config.json").read_text()), case.old_rope_key)
+    old = old_spelling(json.loads((folder / "config.json").read_text()), case)
     (folder / "config.old.json").write_text(json.dumps(old, indent=2) + "\n")
     twin = build(AutoConfig.for_model(**old), torch.float32)
     twin.load_state_dict(model.state_dict())
@@ -212,11 +212,11 @@ def write_old_config(model: PreTrainedModel, case: Case, folder: Path, trace: di
         raise ValueError(f"{folder.name}: config.old.json does not say what config.json says")
 
 
-def old_spelling(config: dict[str, Any], rope_key: str) -> dict[str, Any]:
+def old_spelling(config: dict[str, Any], case: Case) -> dict[str, Any]:
     """A config.json as it was published before transformers 5."""
-    renamed = ("dtype", "rope_parameters", "layer_types", "transformers_version")
-    shared = {key: value for key, value in config.items() if key not in renamed}
+    gone = ("dtype", "rope_parameters", "layer_types", "transformers_version", *case.old_without)
+    shared = {key: value for key, value in config.items() if key not in gone} | case.old
     scaling = dict(config["rope_parameters"])
     theta, rope_type = scaling.pop("rope_theta"), scaling.pop("rope_type")
-    old_scaling = None if rope_type == "default" else scaling | {rope_key: rope_type}
+    old_scaling = None if rope_type == "default" else scaling | {case.old_rope_key: rope_type}
     return shared | {"torch_dtype": config["dtype"], "rope_theta": theta, "rope_scaling": old_scaling}

@@ -1,0 +1,44 @@
+"""Qwen3."""
+
+from typing import Any
+
+from .case import IDS, SCALED, SMALL, YARN, Case, rope
+
+QWEN3: dict[str, Any] = IDS | {
+    "vocab_size": 101,
+    "hidden_size": 36,
+    "intermediate_size": 44,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 10,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    **rope(1000.0),
+}
+
+CASES = {
+    "qwen3": Case("qwen3", QWEN3, "per-head norms of q and k, tied head, head_dim its own field", controls=(rope(800.0),)),
+    "qwen3-untied-bias": Case(
+        "qwen3",
+        QWEN3 | {"tie_word_embeddings": False, "attention_bias": True},
+        "untied head, biases on the attention's projections",
+        controls=({"attention_bias": False},),
+    ),
+    "qwen3-yarn": Case(
+        "qwen3",
+        QWEN3 | SCALED | rope(100.0, "yarn", **YARN),
+        "yarn as Qwen documents it (factor 4)",
+        controls=(rope(100.0), rope(100.0, "yarn", **YARN, attention_factor=1.0)),
+        old_rope_key="rope_type",
+    ),
+    "qwen3-window": Case(
+        "qwen3",
+        QWEN3 | SMALL | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+        "layer 0 attends to everything, layers 1 to 3 to a window of 7, the token itself included",
+        controls=({"sliding_window": 8}, {"sliding_window": 6}, {"max_window_layers": 2, "layer_types": None}),
+        old_rope_key="rope_type",
+    ),
+    "qwen3-bf16": Case("qwen3", QWEN3 | {"num_key_value_heads": 2}, "bfloat16 storage, tied", storage="bfloat16"),
+}
