@@ -22,20 +22,24 @@ import numpy as np
 from npllm import blocks, parallel
 from npllm.arrays import Array, DTypeLike, Namespace
 from npllm.blocks.masks import Mask
+from npllm.blocks.moe import Router
 from npllm.blocks.rope import Angles, Rope
 from npllm.cache import Cache, Keys, LayerSpec, Rows
 from npllm.config import nearest
 from npllm.errors import BackendError
-from npllm.handles import Weight
+from npllm.handles import Handle, Stack, Weight
 from npllm.machine import available_memory
 from npllm.sampling import Drawn, whole
-from npllm.weights import MLP, QKV, GatedFFN, Linear, Tensor
+from npllm.weights import MLP, QKV, Experts, Gate, GatedFFN, LatentKV, Linear, Tensor
 
 if TYPE_CHECKING:
     from npllm.generation import State
     from npllm.model import Model
 
 log = logging.getLogger("npllm")
+
+# Rows of a matrix on disk that are widened at a time.
+WIDENED = 1024
 
 
 class RMS(NamedTuple):
@@ -121,19 +125,31 @@ class Backend:
         if bundle is None:
             return None
         if isinstance(bundle, Weight):
+            if bundle.part == "lookup":
+                return bundle
             values = bundle.array(self.array_dtype)
             if values.base is None:
                 bundle.release()
             return values
+        if isinstance(bundle, Stack):
+            return [self.prepare(weight) for weight in bundle.weights]
         return type(bundle)(*map(self.prepare, bundle))
 
-    def dense(self, weight: Any) -> Array:
-        """A prepared weight as an array that the canonical bodies can compute with."""
-        return weight
+    def mapped(self, bundle: Any) -> Any:
+        """What stands for `prepare(bundle)` when weights stay on disk: the handles, widened part by part at each use."""
+        return bundle
 
-    def bytes_needed(self, tensors: Iterable[Tensor | Weight]) -> int:
+    def dense(self, weight: Any) -> Array:
+        """A prepared or mapped weight as an array that the canonical bodies can compute with."""
+        if not isinstance(weight, Weight):
+            return weight
+        weight.will_need()
+        return weight.array(self.array_dtype)
+
+    def bytes_needed(self, tensors: Iterable[Tensor | Handle]) -> int:
         """Memory that these weights take when they are prepared."""
-        return sum(math.prod(tensor.shape) for tensor in tensors) * np.dtype(self.array_dtype).itemsize
+        numbers = sum(math.prod(tensor.shape) for tensor in tensors if tensor.part != "lookup")
+        return numbers * np.dtype(self.array_dtype).itemsize
 
     def available_memory(self) -> int:
         """Bytes that weights and caches can still take, where this backend keeps them."""
@@ -160,7 +176,9 @@ class Backend:
     # -- fine operations ----------------------------------------------------------------------------------------------
 
     def embed(self, tokens_M: Array, w: Linear, /) -> Array:
-        """Rows of the embedding [N, D] -> x_MD."""
+        """Rows of the embedding [N, D] -> x_MD; of a table on disk, only these are read."""
+        if isinstance(w.weight, Weight):
+            return self.asarray(w.weight.rows(self.to_numpy(tokens_M)).array(self.array_dtype))
         return self.dense(w.weight)[tokens_M]
 
     def rms_norm(self, x_D: Array, w: Linear | None, /, eps: float, offset: float = 0.0) -> Array:
@@ -173,11 +191,21 @@ class Backend:
 
     def linear(self, x_MD: Array, w: Linear, /, residual_MF: Array | None = None) -> Array:
         """`residual + x W^T + b` with W [F, D] -> y_MF; residual and bias may be absent."""
-        y_MF = x_MD @ self.dense(w.weight).T
+        y_MF = self._product(x_MD, w.weight)
         if w.bias is not None:
             y_MF += self.dense(w.bias)
         if residual_MF is not None:
             y_MF += residual_MF
+        return y_MF
+
+    def _product(self, x_MD: Array, weight: Any) -> Array:
+        """`x W^T`; of a weight on disk, a part of the rows is widened at a time."""
+        if not isinstance(weight, Weight):
+            return x_MD @ self.dense(weight).T
+        y_MF = self.xp.empty((len(x_MD), len(weight)), dtype=x_MD.dtype)
+        for begin in range(0, len(weight), WIDENED):
+            part = slice(begin, begin + WIDENED)
+            y_MF[:, part] = x_MD @ self.asarray(self.dense(weight[part])).T
         return y_MF
 
     def angles(self, rope: Rope, positions_M: Array, /) -> Angles:
@@ -210,6 +238,34 @@ class Backend:
                 first_query=start, first_key=first, mask=mask, scale=scale, softcap=softcap,
             )  # fmt: skip
         return pieces
+
+    def latent_expand(self, latent_SGF: Array, w: Linear, /, nope: int, heads: int) -> tuple[Array, Array]:
+        """Keys and values of all heads from MLA's latents -> k_SHK, v_SHV; `w` is kv_b_proj, `nope` a key's width in it."""
+        L = w.weight.shape[1]
+        up_SF = self.linear(latent_SGF[:, 0, :L], w)
+        return blocks.expand(self.xp, split_heads(up_SF, up_SF.shape[1] // heads), latent_SGF[:, :, L:], nope)
+
+    def moe(
+        self, x_MD: Array, w: Experts, index_MC: Array, weight_MC: Array, /, act: str, *, weigh: str = "output"
+    ) -> Array:
+        """The chosen experts' weighted sum -> y_MD; `weigh` says whether their "input" or "output" takes the weight."""
+        out_MCD = self.xp.empty((*index_MC.shape, x_MD.shape[1]), dtype=x_MD.dtype)
+        for piece in self.moe_pieces(x_MD, w, index_MC, weight_MC, out_MCD, act, weigh):
+            piece()
+        return self.xp.sum(out_MCD, axis=1)
+
+    def moe_pieces(
+        self, x_MD: Array, w: Experts, index_MC: Array, weight_MC: Array, out_MCD: Array, act: str, weigh: str
+    ) -> list[Callable[[], None]]:
+        """The work of a mixture, an expert a piece; each writes its tokens' places of `out_MCD`, in any order."""
+
+        def expert(e: int, x_TD: Array) -> Array:
+            gate_FD, up_FD, down_DF = (self.dense(part.weight[e]) for part in w)
+            hidden_TF = blocks.ACTIVATIONS[act](self.xp, x_TD @ gate_FD.T)
+            hidden_TF *= x_TD @ up_FD.T
+            return hidden_TF @ down_DF.T
+
+        return blocks.moe_pieces(self.xp, x_MD, expert, index_MC, weight_MC, out_MCD, weigh)
 
     # -- coarse operations --------------------------------------------------------------------------------------------
 
@@ -247,6 +303,44 @@ class Backend:
         hidden_MF = blocks.ACTIVATIONS[act](self.xp, self.mark("ffn.up", self.linear(h_MD, w.c_fc)))
         return self.linear(self.mark("ffn.hidden", hidden_MF), w.c_proj, residual_MD)
 
+    def route(self, h_MD: Array, w: Gate, /, router: Router) -> tuple[Array, Array]:
+        """The experts of each token and their weights, by `router` -> index_MC, weight_MC."""
+        logits_ME = self.mark("moe.logits", self.linear(h_MD, w.gate))
+        correction_E = None if w.correction is None else self.dense(w.correction.weight)
+        index_MC, weight_MC = blocks.route(self.xp, logits_ME, router, correction_E)
+        return self.mark("moe.topk_index", index_MC), self.mark("moe.topk_weight", weight_MC)
+
+    def latent_project(self, h_MD: Array, w: LatentKV, angles: Angles, /, eps: float, *, interleaved: bool = True) -> Array:
+        """What MLA caches of each token, `[norm(c) | rope(k)]` -> latent_MGK with G = 1."""
+        down_MF = self.linear(h_MD, w.kv_a_proj_with_mqa)
+        return blocks.latent(self.xp, down_MF, self.dense(w.kv_a_layernorm.weight), angles, eps, interleaved)
+
+    def latent_attention(self, q_MHF: Array, keys: Keys, rows: Rows, w: Linear, /, *, mask: Mask, scale: float) -> Array:
+        """Attention of queries `[nope | rope]`, F wide, over cached latents; -> values [M, H, V]. `w` is kv_b_proj.
+
+        Rows of few queries take the absorbed form, others the expanded one (npllm.blocks.mla): the same but for rounding.
+        """
+        (out, L), (_, H, F) = w.weight.shape, q_MHF.shape
+        nope = F - (keys.k_BSGK.shape[-1] - L)
+        out_MHV = self.xp.empty((len(q_MHF), H, out // H - nope), dtype=q_MHF.dtype)
+        few = [blocks.absorbed_is_cheaper(count, L, out // H) for count in rows.counts]
+        if all(few):
+            return self._absorbed(q_MHF, keys, rows, w, nope, mask, scale)
+        for r, (_, _, begin, end) in enumerate(rows):
+            form = self._absorbed if few[r] else self._expanded
+            out_MHV[begin:end] = form(q_MHF[begin:end], keys.only(r), rows.only(r), w, nope, mask, scale)
+        return out_MHV
+
+    def _absorbed(self, q_MHF: Array, keys: Keys, rows: Rows, w: Linear, nope: int, mask: Mask, scale: float) -> Array:
+        up_HFL = self.dense(w.weight).reshape(q_MHF.shape[1], -1, w.weight.shape[1])
+        q_MHK = blocks.absorb(self.xp, q_MHF, up_HFL, nope)
+        return blocks.unabsorb(self.attention(q_MHK, keys, rows, mask=mask, scale=scale), up_HFL, nope)
+
+    def _expanded(self, q_MHF: Array, keys: Keys, rows: Rows, w: Linear, nope: int, mask: Mask, scale: float) -> Array:
+        latent_SGK, _, first = keys.row(0)
+        k_SHK, v_SHV = self.latent_expand(latent_SGK, w, nope, q_MHF.shape[1])
+        return self.attention(q_MHF, Keys.of(self.xp, k_SHK, v_SHV, first), rows, mask=mask, scale=scale)
+
     def step(self, model: Model, state: State, /) -> Drawn:
         """One step of generation: a forward pass, then a token drawn for each row that wants one."""
         logits_WN = self.to_numpy(model.run(self, state.tokens_M, state.rows, state.cache))
@@ -256,8 +350,8 @@ class Backend:
 
 # What a trace leaves to the backend it traces, and what it computes by the canonical bodies.
 SERVICES = ("limited", "asarray", "to_numpy", "prepare", "dense", "new_cache")
-FINE = ("embed", "rms_norm", "layer_norm", "linear", "angles", "rope", "attention")
-COARSE = ("normed", "project_heads", "gated_ffn", "mlp", "step")
+FINE = ("embed", "rms_norm", "layer_norm", "linear", "angles", "rope", "attention", "latent_expand", "moe")
+COARSE = ("normed", "project_heads", "gated_ffn", "mlp", "route", "latent_project", "latent_attention", "step")
 OPERATIONS = FINE + COARSE
 
 B = TypeVar("B", bound=Callable[..., Any])

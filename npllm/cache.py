@@ -6,7 +6,7 @@ after the other, and attention reads what each row then holds. Rows come and go:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -25,16 +25,29 @@ KV_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2}
 class LayerSpec(NamedTuple):
     """What one layer keeps per token: G key heads of width K and G value heads of width V.
 
-    `mask` is the rule that its queries see keys by: keys that it can reach no more are not kept.
+    mask    the rule that its queries see keys by. Keys that it can reach no more are given up: a window or a chunk of w
+            positions is a ring of w entries.
+    latent  above 0, values are not stored: they are the first `latent` numbers of the key (MLA, DeepSeek V2,
+            arXiv 2405.04434, section 2.1: the compressed vector, then the one rotated key).
     """
 
     heads: int
     key_dim: int
     value_dim: int
     mask: Mask = CAUSAL
+    latent: int = 0
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """What is stored per head and token, by name."""
+        return {"k": self.key_dim} if self.latent else {"k": self.key_dim, "v": self.value_dim}
 
     def bytes_per_token(self, kv_dtype: str) -> int:
-        return self.heads * (self.key_dim + self.value_dim) * KV_BYTES[kv_dtype]
+        return self.heads * sum(self.widths.values()) * KV_BYTES[kv_dtype]
+
+    def kept(self, tokens: int) -> int:
+        """How many of a row's tokens are kept."""
+        return tokens if self.mask.span is None else min(tokens, self.mask.span)
 
 
 def capacity(length: int, max_context: int) -> int:
@@ -43,6 +56,15 @@ def capacity(length: int, max_context: int) -> int:
     while size < length:
         size *= 2
     return max(length, min(size, max_context))
+
+
+def cache_bytes(specs: Iterable[LayerSpec], kv_dtype: str, length: int, max_context: int, rows: int = 1) -> int:
+    """Bytes that a cache of so many rows of up to `length` tokens allocates."""
+    return rows * _row_bytes(specs, kv_dtype, capacity(length, max_context) if length else 0)
+
+
+def _row_bytes(specs: Iterable[LayerSpec], kv_dtype: str, size: int) -> int:
+    return sum(spec.kept(size) * spec.bytes_per_token(kv_dtype) for spec in specs)
 
 
 @dataclass(frozen=True)
@@ -66,16 +88,23 @@ class Rows:
             yield slot, start, begin, begin + count
             begin += count
 
+    def only(self, r: int) -> Rows:
+        """Row r alone; logits are not its matter."""
+        begin = sum(self.counts[:r])
+        positions_M = self.positions_M[begin : begin + self.counts[r]]
+        return Rows((self.slots[r],), (self.starts[r],), (self.counts[r],), positions_M)
+
     def wanted(self, x_MD: Array) -> Array:
         """The rows of `x_MD` whose logits are wanted -> x_WD."""
         return x_MD if self.wanted_W is None else x_MD[self.wanted_W]
 
 
 class Keys(NamedTuple):
-    """What attention reads: storage over all slots, and per row of the step which slot, how many keys, from which position.
+    """What attention reads: storage over all slots, and per row of the step where its keys lie.
 
-    Key s of row r stands at position `firsts[r] + s`, for s < `counts[r]`. `widen` names the dtype to widen bfloat16 bits
-    (uint16) to, where that is how they are stored.
+    Key s of row r, for s < `counts[r]`, stands at position `firsts[r] + s` and lies in slot `slots[r]` at index
+    `(begins[r] + s) % S`: storage may be a ring. `widen` names the dtype to widen bfloat16 bits (uint16) to, where that is
+    how they are stored.
     """
 
     k_BSGK: Array
@@ -83,15 +112,34 @@ class Keys(NamedTuple):
     slots: tuple[int, ...]
     counts: tuple[int, ...]
     firsts: tuple[int, ...]
+    begins: tuple[int, ...]
+    xp: Namespace
     widen: str | None = None
 
     def row(self, r: int) -> tuple[Array, Array, int]:
-        """Row r: k_SGK, v_SGV (views, or widened copies), and the position of their first key."""
-        slot, count = self.slots[r], self.counts[r]
-        k_SGK, v_SGV = self.k_BSGK[slot, :count], self.v_BSGV[slot, :count]
+        """Row r: k_SGK, v_SGV in the order of their positions (views where they can be), and the position of the first."""
+        k_SGK, v_SGV = (
+            unrolled(self.xp, x_BSGX[self.slots[r]], self.begins[r], self.counts[r]) for x_BSGX in (self.k_BSGK, self.v_BSGV)
+        )
         if self.widen is not None:
             k_SGK, v_SGV = widen_bfloat16(k_SGK, self.widen), widen_bfloat16(v_SGV, self.widen)
         return k_SGK, v_SGV, self.firsts[r]
+
+    @classmethod
+    def of(cls, xp: Namespace, k_SGK: Array, v_SGV: Array, first: int) -> Keys:
+        """The keys of a single row, the first at position `first`."""
+        return cls(k_SGK[None], v_SGV[None], (0,), (len(k_SGK),), (first,), (0,), xp)
+
+    def only(self, r: int) -> Keys:
+        """Row r alone."""
+        slots, counts, firsts, begins = ((each[r],) for each in (self.slots, self.counts, self.firsts, self.begins))
+        return self._replace(slots=slots, counts=counts, firsts=firsts, begins=begins)
+
+
+def unrolled(xp: Namespace, ring: Array, begin: int, count: int) -> Array:
+    """`count` entries of a ring's first axis from index `begin` on, in order: a view, or a copy where they wrap around."""
+    over = begin + count - len(ring)
+    return ring[begin : begin + count] if over <= 0 else xp.concatenate([ring[begin:], ring[:over]])
 
 
 def round_to_bfloat16(xp: Namespace, x: Array) -> Array:
@@ -109,61 +157,133 @@ def widen_bfloat16(bits: Array, dtype: str) -> Array:
 
 
 class LayerCache:
-    """The full cache of one layer: every key and value since position 0.
+    """The keys and values of one layer: all since position 0, or those that its mask can still reach.
 
-    Storage is float32, float64, or bfloat16 bits in uint16; it lies as [B, G, S, K], so that the keys of one head are
-    contiguous, and is seen as [B, S, G, K].
+    Position p lies at index p % S. Storage is float32, float64, or bfloat16 bits in uint16; it lies as [B, G, S, K], so
+    that the keys of one head are contiguous, and is seen as [B, S, G, K].
     """
 
     def __init__(self, xp: Namespace, spec: LayerSpec, kv_dtype: str, compute_dtype: str) -> None:
         self.xp, self.spec, self.kv_dtype, self.compute_dtype = xp, spec, kv_dtype, compute_dtype
-        self.k_BGSK, self.v_BGSV = self._empty(0, 0)
+        self.stored = self._empty(0, 0)
+        # How far each row has been written: the entries of a ring that a shorter row needs may be gone.
+        self.reached: list[int] = []
 
-    def _empty(self, slots: int, size: int) -> tuple[Array, Array]:
+    def _empty(self, slots: int, size: int) -> tuple[Array, ...]:
         dtype = "uint16" if self.kv_dtype == "bfloat16" else self.kv_dtype
         heads = slots, self.spec.heads, size
-        return (
-            self.xp.zeros((*heads, self.spec.key_dim), dtype=dtype),
-            self.xp.zeros((*heads, self.spec.value_dim), dtype=dtype),
-        )
+        return tuple(self.xp.zeros((*heads, width), dtype=dtype) for width in self.spec.widths.values())
 
-    def resize(self, slots: int, size: int, used: int) -> None:
-        """Make room for `slots` rows of `size` tokens, keeping the first `used` tokens of each."""
-        old, (self.k_BGSK, self.v_BGSV) = (self.k_BGSK, self.v_BGSV), self._empty(slots, size)
-        for before, after in zip(old, (self.k_BGSK, self.v_BGSV), strict=True):
-            after[: before.shape[0], :, :used] = before[:, :, :used]
-
-    def append(self, k_MGK: Array, v_MGV: Array, rows: Rows) -> Keys:
-        """Store the new tokens' keys and values; -> everything that the rows' queries may attend to."""
-        if self.kv_dtype == "bfloat16":
-            k_MGK, v_MGV = round_to_bfloat16(self.xp, k_MGK), round_to_bfloat16(self.xp, v_MGV)
-        counts = []
-        for slot, start, begin, end in rows:
-            stop = start + end - begin
-            self.k_BGSK[slot, :, start:stop] = k_MGK[begin:end].transpose(1, 0, 2)
-            self.v_BGSV[slot, :, start:stop] = v_MGV[begin:end].transpose(1, 0, 2)
-            counts.append(stop)
-        k_BSGK, v_BSGV = self.k_BGSK.transpose(0, 2, 1, 3), self.v_BGSV.transpose(0, 2, 1, 3)
-        widen = self.compute_dtype if self.kv_dtype == "bfloat16" else None
-        return Keys(k_BSGK, v_BSGV, rows.slots, tuple(counts), (0,) * len(counts), widen)
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Let row `target` begin with the first `length` tokens of row `source`."""
-        self.k_BGSK[target, :, :length] = self.k_BGSK[source, :, :length]
-        self.v_BGSV[target, :, :length] = self.v_BGSV[source, :, :length]
-
-    def contents(self, slot: int, length: int) -> dict[str, Array]:
-        """Copies of a row's first tokens: `k` [G, S, K] and `v` [G, S, V], in the storage type."""
-        return {"k": self.k_BGSK[slot, :, :length].copy(), "v": self.v_BGSV[slot, :, :length].copy()}
-
-    def restore(self, slot: int, contents: Mapping[str, Array], length: int) -> None:
-        """Fill a row's first tokens with what `contents` gave."""
-        self.k_BGSK[slot, :, :length] = self.xp.asarray(contents["k"])
-        self.v_BGSV[slot, :, :length] = self.xp.asarray(contents["v"])
+    @property
+    def size(self) -> int:
+        """Tokens that a row has room for."""
+        return int(self.stored[0].shape[2])
 
     @property
     def nbytes(self) -> int:
-        return int(self.k_BGSK.nbytes + self.v_BGSV.nbytes)
+        return sum(int(array.nbytes) for array in self.stored)
+
+    def resize(self, slots: int, size: int, used: int) -> None:
+        """Make room for `slots` rows of `size` tokens, or of the ring, keeping the first `used` entries of each."""
+        old, self.stored = self.stored, self._empty(slots, self.spec.kept(size))
+        for before, after in zip(old, self.stored, strict=True):
+            after[: before.shape[0], :, :used] = before[:, :, :used]
+        self.reached += [0] * (slots - len(self.reached))
+
+    def append(self, k_MGK: Array, v_MGV: Array | None, rows: Rows) -> Keys:
+        """Store the new tokens' keys and values; -> everything that the rows' queries may attend to.
+
+        A latent cache takes no values. Where a ring would lose keys that the step's own first queries still see, these keys
+        are put side by side with the new ones before they are overwritten.
+        """
+        new = tuple(self._encoded(x) for x in (k_MGK, v_MGV) if x is not None)
+        wraps = any(start + end - begin > self.size for _, start, begin, end in rows)
+        gathered = self._gather(new, rows) if wraps and max(rows.counts) > 1 else None
+        for slot, start, begin, end in rows:
+            for stored, x_MGX in zip(self.stored, new, strict=True):
+                self._write(stored[slot], start, x_MGX[begin:end].transpose(1, 0, 2))
+            self.reached[slot] = max(self.reached[slot], start + end - begin)
+        return gathered or self._keys(rows)
+
+    def _encoded(self, x_MGX: Array) -> Array:
+        return round_to_bfloat16(self.xp, x_MGX) if self.kv_dtype == "bfloat16" else x_MGX
+
+    def _write(self, ring_GSX: Array, start: int, x_GTX: Array) -> None:
+        size = ring_GSX.shape[1]
+        skipped = max(0, x_GTX.shape[1] - size)
+        x_GTX, at = x_GTX[:, skipped:], (start + skipped) % max(1, size)
+        straight = min(x_GTX.shape[1], size - at)
+        ring_GSX[:, at : at + straight] = x_GTX[:, :straight]
+        ring_GSX[:, : x_GTX.shape[1] - straight] = x_GTX[:, straight:]
+
+    def _read(self, slot: int, start: int, stop: int) -> list[Array]:
+        """Positions start..stop of one row, in order, from each stored array: [T, G, K] and [T, G, V]."""
+        begin = start % max(1, self.size)
+        return [unrolled(self.xp, stored[slot].transpose(1, 0, 2), begin, stop - start) for stored in self.stored]
+
+    def _keys(self, rows: Rows) -> Keys:
+        firsts, counts = self._visible(rows)
+        return self._seen(self.stored, rows.slots, counts, firsts, tuple(first % max(1, self.size) for first in firsts))
+
+    def _visible(self, rows: Rows) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """For each row, the position of the first key that its first new query sees, and the number of keys from there."""
+        firsts = tuple(min(start, self.spec.mask.reach(start, start)[0]) for start in rows.starts)
+        ends = (start + count for start, count in zip(rows.starts, rows.counts, strict=True))
+        return firsts, tuple(end - first for first, end in zip(firsts, ends, strict=True))
+
+    def _gather(self, new: tuple[Array, ...], rows: Rows) -> Keys:
+        """For each row, the kept keys that its first new query sees, then the new ones, in storage made for this step."""
+        firsts, counts = self._visible(rows)
+        shape = len(counts), self.spec.heads, max(counts)
+        storage = tuple(self.xp.zeros((*shape, x_MGX.shape[2]), dtype=x_MGX.dtype) for x_MGX in new)
+        for r, (slot, start, begin, end) in enumerate(rows):
+            past = start - firsts[r]
+            for array, kept_TGX, x_MGX in zip(storage, self._read(slot, firsts[r], start), new, strict=True):
+                array[r, :, :past] = kept_TGX.transpose(1, 0, 2)
+                array[r, :, past : counts[r]] = x_MGX[begin:end].transpose(1, 0, 2)
+        return self._seen(storage, tuple(range(len(counts))), counts, firsts, (0,) * len(counts))
+
+    def _seen(
+        self,
+        stored: tuple[Array, ...],
+        slots: tuple[int, ...],
+        counts: tuple[int, ...],
+        firsts: tuple[int, ...],
+        begins: tuple[int, ...],
+    ) -> Keys:
+        seen = [array.transpose(0, 2, 1, 3) for array in stored]
+        if self.spec.latent:
+            seen.append(seen[0][..., : self.spec.latent])
+        widen = self.compute_dtype if self.kv_dtype == "bfloat16" else None
+        return Keys(seen[0], seen[1], slots, counts, firsts, begins, self.xp, widen)
+
+    def holds(self, slot: int, length: int) -> bool:
+        """Whether the row still has what a token at position `length` would see."""
+        low, _ = self.spec.mask.reach(length, length)
+        return low >= min(length, self.reached[slot] - self.size)
+
+    def cut(self, slot: int, length: int) -> None:
+        """The tokens from `length` on are forgotten, and if none of the others can be seen any more, all are."""
+        if self.spec.mask.reach(length, length)[0] >= length:
+            self.reached[slot] = length
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Let row `target` begin with the first `length` tokens of row `source`."""
+        used = min(length, self.size)
+        for stored in self.stored:
+            stored[target, :, :used] = stored[source, :, :used]
+        self.reached[target] = self.reached[source]
+
+    def contents(self, slot: int, length: int) -> dict[str, Array]:
+        """Copies of what is kept of a row's first tokens, in order: `k` [G, S, K] and `v` [G, S, V], in the storage type."""
+        arrays = self._read(slot, length - self.spec.kept(length), length)
+        return {name: x_SGX.transpose(1, 0, 2).copy() for name, x_SGX in zip(self.spec.widths, arrays, strict=True)}
+
+    def restore(self, slot: int, contents: Mapping[str, Array], length: int) -> None:
+        """Fill an empty row with what `contents` gave."""
+        for stored, name in zip(self.stored, self.spec.widths, strict=True):
+            self._write(stored[slot], length - self.spec.kept(length), self.xp.asarray(contents[name]))
+        self.reached[slot] = length
 
 
 class Cache:
@@ -209,8 +329,7 @@ class Cache:
 
     def free(self, slot: int) -> None:
         """Give the row's slot back; its storage serves the next `add`."""
-        self._check(slot)
-        self.lengths[slot] = 0
+        self.truncate(slot, 0)
         self.unused.add(slot)
 
     def _check(self, *slots: int) -> None:
@@ -218,12 +337,18 @@ class Cache:
             if slot in self.unused or not 0 <= slot < len(self.lengths):
                 raise ArgumentError(f"slot {slot} is not in use")
 
-    def truncate(self, slot: int, length: int) -> None:
-        """Forget the tokens from position `length` on."""
+    def truncate(self, slot: int, length: int) -> int:
+        """Forget the tokens from position `length` on -> the row's length now.
+
+        It is 0 where a ring has given up what the row would need to go on from `length`.
+        """
         self._check(slot)
         if not 0 <= length <= self.lengths[slot]:
             raise ArgumentError(f"cannot truncate a row of {self.lengths[slot]} tokens to {length}")
-        self.lengths[slot] = length
+        self.lengths[slot] = length if all(layer.holds(slot, length) for layer in self.layers) else 0
+        for layer in self.layers:
+            layer.cut(slot, self.lengths[slot])
+        return self.lengths[slot]
 
     def fork(self, slot: int) -> int:
         """A new row that begins as a copy of `slot`."""
@@ -247,7 +372,7 @@ class Cache:
             self._resize(len(self.lengths), capacity(length, self.max_context))
 
     def _resize(self, slots: int, size: int) -> None:
-        needed, available = slots * size * self.bytes_per_token, self.available()
+        needed, available = slots * _row_bytes(self.specs, self.kv_dtype, size), self.available()
         if needed > self.nbytes + available:
             raise MemoryLimitError(
                 f"the key/value cache of {slots} rows of {size} tokens needs {gibibytes(needed)}, "
@@ -267,6 +392,9 @@ class Cache:
         if len(set(slots)) < len(slots):
             raise ArgumentError("a step cannot hold one slot twice")
         starts = tuple(self.lengths[slot] for slot in slots)
+        for slot, start in zip(slots, starts, strict=True):
+            if not all(layer.holds(slot, start) for layer in self.layers):
+                raise ArgumentError(f"a step that failed has cost slot {slot} keys that it needs: truncate it to 0")
         self.reserve(max((start + count for start, count in zip(starts, counts, strict=True)), default=0))
         positions = [start + i for start, count in zip(starts, counts, strict=True) for i in range(count)]
         rows = Rows(tuple(slots), starts, tuple(counts), self.xp.asarray(positions, dtype="int64"))
@@ -276,7 +404,7 @@ class Cache:
         return replace(rows, wanted_W=self.xp.asarray(ends, dtype="int64"))
 
     def advance(self, rows: Rows) -> None:
-        """The step is done: its tokens now belong to the rows. Until then a failed step leaves the cache as it was."""
+        """The step is done: its tokens now belong to the rows. Until then a failed step leaves full caches as they were."""
         for slot, start, count in zip(rows.slots, rows.starts, rows.counts, strict=True):
             self.lengths[slot] = start + count
 
@@ -286,21 +414,24 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Allocated bytes: rows x capacity x bytes_per_token."""
+        """Allocated bytes: what `cache_bytes` says."""
         return sum(layer.nbytes for layer in self.layers)
 
-    def contents(self, slot: int) -> dict[str, Array]:
-        """Copies of what the row holds, in the storage type: `layers.{i}.{name}` for each name of the layer's cache."""
+    def contents(self, slot: int, length: int | None = None) -> dict[str, Array]:
+        """Copies of what the row holds (of its first `length` tokens), in the storage type, as `layers.{i}.k` and `.v`."""
+        self._check(slot)
+        length = self.lengths[slot] if length is None else length
+        if not all(layer.holds(slot, length) for layer in self.layers):
+            raise ArgumentError(f"the row in slot {slot} no longer holds what stands before its token {length}")
         return {
             f"layers.{i}.{name}": array
             for i, layer in enumerate(self.layers)
-            for name, array in layer.contents(slot, self.lengths[slot]).items()
+            for name, array in layer.contents(slot, length).items()
         }
 
     def restore(self, slot: int, contents: Mapping[str, Array], length: int) -> None:
         """Fill an empty row with what `contents` gave."""
         self.reserve(length)
         for i, layer in enumerate(self.layers):
-            names = layer.contents(slot, 0)
-            layer.restore(slot, {name: contents[f"layers.{i}.{name}"] for name in names}, length)
+            layer.restore(slot, {name: contents[f"layers.{i}.{name}"] for name in layer.spec.widths}, length)
         self.lengths[slot] = length

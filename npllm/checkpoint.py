@@ -8,22 +8,27 @@ in NumPy; here each tensor is a view of the mapped file in its storage format.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
+from npllm import mistral_native
 from npllm.config import printable, read_json, shown
 from npllm.errors import CheckpointError
-from npllm.handles import FORMATS, Weight
+from npllm.handles import FORMATS, REALS, SCALE_FORMATS, Weight
+from npllm.quantised import BLOCK, OF_ACTIVATIONS, WHAT_WORKS, Block, find_scales, refuse_foreign, scaled
+
+log = logging.getLogger("npllm")
 
 # Formats that the header may name but no model of this version reads; buffers of such types are skipped by name.
 OTHER_FORMATS = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
     "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8, "C64": 8,
 }  # fmt: skip
 
@@ -58,14 +63,15 @@ class SafetensorsFile:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.entries[name][1]
 
-    def weight(self, name: str) -> Weight:
-        """The handle of tensor `name`; a format that npllm does not compute with is an error that names it."""
+    def weight(self, name: str, formats: Mapping[str, tuple[str, str]] = REALS) -> Weight:
+        """The handle of tensor `name` as it stands here; a format not among `formats` is an error that names it."""
         dtype, shape, begin, end = self.entries[name]
-        if dtype not in FORMATS:
+        if dtype not in formats:
+            hint = f"; {WHAT_WORKS}" if dtype in ("U8", "I8", "I32") or dtype.startswith("F8_") else ""
             raise CheckpointError(
-                f"{self.path}: tensor {name} is stored as {dtype}, which is not supported (supported: {', '.join(FORMATS)})"
+                f"{self.path}: tensor {name} is stored as {dtype}, not supported (supported: {', '.join(formats)}){hint}"
             )
-        format, numpy_dtype = FORMATS[dtype]
+        format, numpy_dtype = formats[dtype]
         if begin == end or self.mapping is None:
             return Weight(name, shape, format, np.zeros(shape, numpy_dtype), str(self.path))
         data = np.frombuffer(self.mapping, numpy_dtype, math.prod(shape), self.start + begin).reshape(shape)
@@ -165,10 +171,18 @@ def _check_layout(path: Path, entries: dict[str, Entry], size: int) -> None:
 
 
 class Checkpoint:
-    """All tensors of a model folder, from one file or from the shards that its index names."""
+    """All tensors of a model folder, from one file or from the shards that its index names.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    An FP8 tensor brings its scale along, in blocks of `block` rows and columns; scales are not tensors of their own here.
+    `native`: these are Mistral's own files, with the names of npllm.mistral_native.
+    """
+
+    def __init__(self, folder: Path, block: Block = BLOCK) -> None:
+        self.folder, self.block = folder, block
+        names_there = _names(folder)
+        self.native = mistral_native.is_native(names_there)
+        if others := mistral_native.left_alone(names_there):
+            log.info("%s: Hugging Face's files are used; Mistral's own (%s) are left alone", folder, others[0])
         self.files: dict[str, SafetensorsFile] = {}
         for path, names in find_weights(folder).items():
             file = SafetensorsFile(path)
@@ -180,6 +194,11 @@ class Checkpoint:
                 if name in self.files:
                     raise CheckpointError(f"{path}: tensor {name} also stands in {self.files[name].path.name}")
                 self.files[name] = file
+        refuse_foreign(self.files)
+        self.files = {name: file for name, file in self.files.items() if not OF_ACTIVATIONS.fullmatch(name)}
+        self.scales = {name: (scale, self.files[scale]) for name, scale in find_scales(self.files).items()}
+        for scale, _ in self.scales.values():
+            del self.files[scale]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -187,8 +206,20 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self.files
 
+    def read_exactly(self) -> None:
+        """Weights will be used where they lie: the system shall read what is used, and not what follows it in the file."""
+        for file in {id(file): file for file in self.files.values()}.values():
+            if file.mapping is not None and hasattr(file.mapping, "madvise"):
+                file.mapping.madvise(mmap.MADV_RANDOM)
+
     def weight(self, name: str) -> Weight:
-        return self.files[name].weight(name)
+        weight = self.files[name].weight(name, FORMATS)
+        if weight.format != "f8_e4m3":
+            return weight
+        if name not in self.scales:
+            raise CheckpointError(f"{weight.source}: tensor {name} is stored as F8_E4M3 without its scale; {WHAT_WORKS}")
+        scale, file = self.scales[name]
+        return scaled(weight, file.weight(scale, SCALE_FORMATS), self.block)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.files[name].shape(name)
@@ -200,34 +231,41 @@ class Checkpoint:
 def find_weights(folder: Path) -> dict[Path, list[str] | None]:
     """The weight files of a folder, each with the tensors that the index places there (None: all it holds).
 
-    `model.safetensors.index.json` outranks `model.safetensors`; other files are never mixed in, or a model that is
-    published in two forms would be loaded twice.
+    `model.safetensors.index.json` outranks `model.safetensors`; Mistral's own files are used when they are all there is.
+    Other files are never mixed in, or a model that is published in two forms would be loaded twice.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return _read_index(index)
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return {single: None}
-    for path in (index, single):
-        if path.is_symlink():
-            raise CheckpointError(f"{path}: is a link to {path.readlink()}, which is missing; download it again")
-    pickles = [name for name in PICKLES if (folder / name).exists()] or _names(folder, *PICKLE_SUFFIXES)
+    names = _names(folder)
+    if mistral_native.is_native(names):
+        return _read_files(folder, mistral_native.require_weights(names, str(folder)))
+    theirs = [folder / name for name in mistral_native.HUGGING_FACE_WEIGHTS]
+    if found := next((path for path in theirs if path.is_file()), None):
+        return _read_files(folder, [found.name])
+    if lost := next((path for path in theirs if path.is_symlink()), None):
+        raise CheckpointError(f"{lost}: is a link to {lost.readlink()}, which is missing; download it again")
+    if own := mistral_native.weight_files(names):
+        raise CheckpointError(f"{folder}: {own[0]} is in Mistral's own form, which needs {mistral_native.PARAMS} beside it")
+    pickles = [name for name in PICKLES if name in names] or [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     if pickles:
         raise CheckpointError(
             f"{folder}: only pickled weights ({pickles[0]}), which can run code when read; "
             f"turn them into safetensors with: npllm convert {folder} OUT"
         )
-    others = _names(folder, ".safetensors")
+    others = [name for name in names if name.endswith(".safetensors")]
     hint = f"; {others[0]} alone says nothing about which tensors belong to the model" if others else ""
     raise CheckpointError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there{hint}")
 
 
-def _names(folder: Path, *suffixes: str) -> list[str]:
+def _names(folder: Path) -> list[str]:
     try:
-        return sorted(path.name for path in folder.iterdir() if path.suffix in suffixes)
+        return sorted(path.name for path in folder.iterdir())
     except OSError as bad:
         raise CheckpointError(f"{folder}: cannot be listed ({bad.strerror})") from None
+
+
+def _read_files(folder: Path, names: list[str]) -> dict[Path, list[str] | None]:
+    if names[0].endswith(".json"):
+        return _read_index(folder / names[0])
+    return {folder / name: None for name in names}
 
 
 def _read_index(index: Path) -> dict[Path, list[str] | None]:

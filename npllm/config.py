@@ -15,15 +15,18 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from npllm.blocks.ffn import ACTIVATIONS
+from npllm.blocks.masks import CAUSAL, Mask, sliding
 from npllm.blocks.rope import Rope, frequencies
 from npllm.errors import ConfigError
 
 log = logging.getLogger("npllm")
+
+T = TypeVar("T")
 
 # Keys that say nothing about the forward pass, whatever the model.
 IGNORED = frozenset(
@@ -38,6 +41,7 @@ IGNORED = frozenset(
 
 # No published model comes near; a larger number is a damaged or hostile file, and would only loop or overflow.
 MOST_LAYERS = 4096
+MOST_EXPERTS = 4096
 MOST_UNITS = 1 << 31
 DEEPEST = 64
 
@@ -116,7 +120,10 @@ class Reader:
             raise self.fail(key, "must be a finite number" + (" above zero" if positive else ""))
         return value
 
-    def optional_real(self, key: str) -> float | None:
+    def optional_real(self, key: str, default: float | None = None) -> float | None:
+        """A null is None; `default` is for an absent key."""
+        if key not in self.values:
+            return default
         return None if self.raw(key) is None else self.real(key, 0.0)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -144,6 +151,14 @@ class Reader:
             raise self.fail(key, "must be a list of strings")
         return value
 
+    def integers(self, key: str) -> list[int] | None:
+        value = self.raw(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(item, int) and item >= 0 for item in value):
+            raise self.fail(key, "must be a list of integers from 0 on")
+        return [int(item) for item in value]
+
     def section(self, key: str) -> Reader | None:
         value = self.raw(key)
         if value is None:
@@ -156,6 +171,12 @@ class Reader:
         """Demand that `key` is absent, null or `value`: anything else would change the result and is not supported."""
         if self.raw(key) not in (None, value):
             raise self.fail(key, f"is not supported (only {json.dumps(value)})")
+
+    def seeing(self, **values: Any) -> Reader:
+        """A reader of the same object with other values under these keys; what it reads counts as read here too."""
+        other = Reader(self.values | values, self.name, self.warn)
+        other.seen = self.seen
+        return other
 
     def unread(self, ignored: Iterable[str] = ()) -> list[str]:
         return sorted(set(self.values) - self.seen - IGNORED - set(ignored))
@@ -216,6 +237,31 @@ def read_rope(reader: Reader, dim: int, *, theta: float, positions: int) -> Rope
     return _usable(rope, parameters)
 
 
+def read_typed_ropes(reader: Reader, dim: int, defaults: dict[str, Any], positions: int) -> dict[str, Rope]:
+    """RoPE per layer type, as Gemma 3 and 3n have it: `rope` of the global layers, `local_rope` of the sliding ones.
+
+    From the sections `full_attention` and `sliding_attention` of `rope_parameters`; or rope_theta and rope_scaling of the
+    global layers, rope_local_base_freq of the sliding ones. Where both are there, rope_scaling overrides the section and the
+    section's rope_theta the outer one, as in transformers. `defaults` are those of `read_decoder`.
+    """
+    reader.only("partial_rotary_factor", 1.0)
+    typed, scaling = reader.section("rope_parameters"), reader.section("rope_scaling")
+    ropes = {}
+    for field, kind, key in (
+        ("rope", "full_attention", "rope_theta"),
+        ("local_rope", "sliding_attention", "rope_local_base_freq"),
+    ):
+        section = (typed and typed.section(kind)) or Reader({}, reader.name, reader.warn)
+        if scaling is not None and field == "rope":
+            section = Reader(section.values | scaling.values, scaling.name, reader.warn)
+        rope = _read_rope_section(section, dim, reader.real(key, defaults[key]), positions, section)
+        section.finish({"type"})
+        ropes[field] = _usable(rope, section)
+    if typed is not None:
+        typed.finish()
+    return ropes
+
+
 def _usable(rope: Rope, reader: Reader) -> Rope:
     """`rope`, if its frequencies and attention factor are positive numbers in float32; else ConfigError."""
     try:
@@ -239,6 +285,10 @@ def _read_rope_section(section: Reader, dim: int, theta: float, positions: int, 
     if section.raw("factor") is None:
         raise ConfigError(f"{section.name}: rope type {kind!r} needs a factor")
     original = section.integer("original_max_position_embeddings", positions)
+    # An mscale of 0 counts as absent, as in transformers.
+    mscale, mscale_all_dim = (
+        None if section.raw(key) == 0 else section.optional_real(key) for key in ("mscale", "mscale_all_dim")
+    )
     return Rope(
         dim=dim,
         theta=theta,
@@ -249,8 +299,8 @@ def _read_rope_section(section: Reader, dim: int, theta: float, positions: int, 
         high_freq_factor=section.real("high_freq_factor", 4.0),
         beta_fast=section.real("beta_fast", 32.0),
         beta_slow=section.real("beta_slow", 1.0),
-        mscale=section.optional_real("mscale"),
-        mscale_all_dim=section.optional_real("mscale_all_dim"),
+        mscale=mscale,
+        mscale_all_dim=mscale_all_dim,
         attention_factor=section.optional_real("attention_factor"),
         truncate=section.flag("truncate", True),
     )
@@ -278,7 +328,9 @@ class DecoderConfig:
 
 
 def read_decoder(reader: Reader, defaults: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `DecoderConfig` from a config.json, with a model's class `defaults`.
+    """The fields of `DecoderConfig` from a config.json, with a model's class `defaults`; rms_norm_eps, rope_theta,
+    tie_word_embeddings and hidden_activation (read in the place of hidden_act) may be among them. With a default for
+    rope_local_base_freq, RoPE is read per layer type, and `local_rope` is among the fields.
 
     A default of None for `head_dim` means hidden_size / num_attention_heads, for `num_key_value_heads` all heads, as does
     null in the file.
@@ -294,7 +346,13 @@ def read_decoder(reader: Reader, defaults: dict[str, Any]) -> dict[str, Any]:
     if head_dim % 2:
         raise ConfigError(f"{reader.name}: head_dim = {head_dim} must be even, RoPE turns pairs")
     positions = reader.integer("max_position_embeddings", defaults["max_position_embeddings"])
+    activation = "hidden_activation" if "hidden_activation" in defaults else "hidden_act"
+    if "rope_local_base_freq" in defaults:
+        ropes = read_typed_ropes(reader, head_dim, defaults, positions)
+    else:
+        ropes = {"rope": read_rope(reader, head_dim, theta=defaults.get("rope_theta", 10000.0), positions=positions)}
     return {
+        **ropes,
         "vocab_size": reader.integer("vocab_size", defaults["vocab_size"]),
         "hidden_size": hidden,
         "intermediate_size": reader.integer("intermediate_size", defaults["intermediate_size"]),
@@ -302,23 +360,82 @@ def read_decoder(reader: Reader, defaults: dict[str, Any]) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
-        "hidden_act": reader.choice("hidden_act", "silu", ACTIVATIONS),
-        "rms_norm_eps": reader.real("rms_norm_eps", 1e-6),
+        "hidden_act": reader.choice(activation, defaults.get(activation, "silu"), ACTIVATIONS),
+        "rms_norm_eps": reader.real("rms_norm_eps", defaults.get("rms_norm_eps", 1e-6)),
         "max_position_embeddings": positions,
-        "tie_word_embeddings": reader.flag("tie_word_embeddings", False),
-        "rope": read_rope(reader, head_dim, theta=10000.0, positions=positions),
+        "tie_word_embeddings": reader.flag("tie_word_embeddings", defaults.get("tie_word_embeddings", False)),
     }
 
 
 def read_layer_types(reader: Reader, pattern: list[str], allowed: Iterable[str]) -> list[str]:
     """`layer_types`, one kind per layer; `pattern` is what the older keys or the class default say."""
-    types = reader.strings("layer_types") or pattern
+    types = reader.strings("layer_types")
+    if types is None:
+        types = pattern
     if len(types) != len(pattern):
         raise ConfigError(f"{reader.name}: layer_types names {len(types)} layers, num_hidden_layers is {len(pattern)}")
     unknown = sorted(set(types) - set(allowed))
     if unknown:
         raise ConfigError(f"{reader.name}: layer type {unknown[0]!r} is not supported; supported: {', '.join(allowed)}")
     return types
+
+
+def read_per_layer(
+    reader: Reader, key: str, layers: int, read: Callable[[Reader, str], T], default: list[T] | None = None
+) -> tuple[T, ...]:
+    """A value for each layer: `key` holds a list of them, or one for all; `read` takes one from a Reader."""
+    values = default if reader.raw(key) is None else reader.raw(key)
+    if not isinstance(values, list):
+        return (read(reader, key),) * layers
+    if len(values) != layers:
+        raise ConfigError(f"{reader.name}: {key} names {len(values)} layers, num_hidden_layers is {layers}")
+    return tuple(read(reader.seeing(**{key: value}), key) for value in values)
+
+
+def read_window_masks(reader: Reader, layers: int) -> tuple[Mask, ...]:
+    """Each layer's rule as Qwen 2 and 3 say it: with use_sliding_window, layers from max_window_layers on see a window.
+
+    `layer_types`, where it is there, says which layers instead. A sliding_window of null is none.
+    """
+    no_window = "sliding_window" in reader.values and reader.raw("sliding_window") is None
+    uses_window = reader.flag("use_sliding_window", False) and not no_window
+    window = reader.integer("sliding_window", 4096)
+    full_layers = reader.integer("max_window_layers", 28, least=0)
+    pattern = ["sliding_attention" if uses_window and i >= full_layers else "full_attention" for i in range(layers)]
+    types = read_layer_types(reader, pattern, ("full_attention", "sliding_attention"))
+    return tuple(sliding(window) if uses_window and kind == "sliding_attention" else CAUSAL for kind in types)
+
+
+def read_gemma_masks(reader: Reader, layers: int, *, full_every: int, window: int) -> tuple[Mask, ...]:
+    """Each layer's rule as Gemma 2, 3 and 3n say it: `layer_types`, else every layer whose number, counted from 1, is a
+    multiple of `full_every` attends to everything and the others to `sliding_window` (class default `window`)."""
+    pattern = ["sliding_attention" if (i + 1) % full_every else "full_attention" for i in range(layers)]
+    types = read_layer_types(reader, pattern, ("full_attention", "sliding_attention"))
+    if "sliding_attention" in types and "sliding_window" in reader.values and reader.raw("sliding_window") is None:
+        raise reader.fail("sliding_window", "must be an integer: some layers are sliding_attention")
+    window = reader.integer("sliding_window", window)
+    return tuple(sliding(window) if kind == "sliding_attention" else CAUSAL for kind in types)
+
+
+def read_experts(reader: Reader, *, default: int, per_token: int, least: int = 0) -> tuple[int, int]:
+    """The number of experts (`num_experts`, or `num_local_experts` as transformers 5 writes it) and `num_experts_per_tok`.
+
+    Both names may be there with one number; `default` and `per_token` are the class defaults. Without experts, 0, no layer
+    is a mixture.
+    """
+    experts = reader.integer("num_experts", default, least=least, most=MOST_EXPERTS)
+    local = reader.integer("num_local_experts", experts, least=least, most=MOST_EXPERTS)
+    if reader.raw("num_experts") is not None and experts != local:
+        raise reader.fail("num_experts", f"and num_local_experts = {local} disagree")
+    return local, reader.integer("num_experts_per_tok", min(per_token, local or 1), most=local or MOST_EXPERTS)
+
+
+def read_sparse_layers(reader: Reader, layers: int, experts: int) -> tuple[bool, ...]:
+    """For each layer whether it is a mixture: where decoder_sparse_step divides its number, counted from 1, unless
+    mlp_only_layers names it (counted from 0)."""
+    step = reader.integer("decoder_sparse_step", 1)
+    dense = reader.integers("mlp_only_layers") or []
+    return tuple(experts > 0 and (i + 1) % step == 0 and i not in dense for i in range(layers))
 
 
 def divide(reader: Reader, whole_key: str, whole: int, parts_key: str, parts: int) -> int:

@@ -17,16 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from npllm import mistral_native
 from npllm.checkpoint import find_weights
 from npllm.config import printable, read_json
 from npllm.errors import CheckpointError, HubError
+from npllm.tokenizer import FILES as TOKENIZERS
 
 log = logging.getLogger("npllm")
 
 # What npllm reads beside the weights, as far as a repository has it.
 SMALL_FILES = (
     "generation_config.json",
-    "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
@@ -77,10 +78,11 @@ def fetch(
 ) -> Path:
     """Download what npllm reads of a model and return its folder in the cache.
 
-    `revision` is a branch, tag or commit (default: main). `config_only` stops after config.json. `pickles` fetches
+    `revision` is a branch, tag or commit (default: main). `config_only` stops after config.json (params.json, where the
+    repository has nothing but Mistral's own files: npllm.mistral_native). `pickles` fetches
     pytorch_model.bin or its shards in place of safetensors, for `npllm convert`; nothing here opens them. `check` gets
-    the contents of config.json before anything else is downloaded, and refuses a model by raising. `cache_dir` and
-    `endpoint` stand in for HF_HOME and HF_ENDPOINT.
+    what config.json holds, or would hold, before anything else is downloaded, and refuses a model by raising.
+    `cache_dir` and `endpoint` stand in for HF_HOME and HF_ENDPOINT.
 
     All files are of one commit. The cache's reference to `revision` moves only when the download is complete, so a
     broken download of a new commit leaves the old one usable. When the hub cannot be asked, a complete copy in the
@@ -111,10 +113,11 @@ class Wanted:
 
     def inspect(self, folder: Path) -> None:
         if self.check is not None:
-            self.check(read_json(folder / "config.json"))
+            # Only errors matter here: the folder is read again, with its warnings, by whoever fetched it.
+            self.check(mistral_native.read_described(folder, warn=lambda *_: None)[0])
 
     def missing(self, folder: Path) -> str | None:
-        """What a folder of the cache, which has config.json, lacks; None when it is complete."""
+        """What a folder of the cache, which has the model's description, lacks; None when it is complete."""
         if self.config_only:
             return None
         single, index = WEIGHTS[self.pickles]
@@ -173,11 +176,14 @@ class Repository:
             return Path(self._ask(attempt, name))
 
     def cached(self, revision: str) -> Path | None:
-        """The folder of `revision` in the cache, if config.json is there."""
+        """The folder of `revision` in the cache, if config.json or params.json is there."""
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(self.model_id, "config.json", cache_dir=self.cache_dir, revision=revision)
-        return Path(found).parent if isinstance(found, str) else None
+        for name in ("config.json", mistral_native.PARAMS):
+            found = try_to_load_from_cache(self.model_id, name, cache_dir=self.cache_dir, revision=revision)
+            if isinstance(found, str):
+                return Path(found).parent
+        return None
 
     def _ask(self, request: Callable[[], T], file: str | None = None) -> T:
         from huggingface_hub.errors import LocalEntryNotFoundError
@@ -266,35 +272,52 @@ def _from_cache(folder: Path | None, wanted: Wanted, problem: HubError) -> Path:
 
 
 def _download(repository: Repository, wanted: Wanted, commit: str, names: set[str]) -> Path:
-    if "config.json" not in names:
+    description = mistral_native.description(names)
+    if description not in names:
         raise HubError(f"{repository.model_id} has no config.json, so it is not a checkpoint that npllm can read")
-    folder = repository.download("config.json", commit).parent
+    folder = repository.download(description, commit).parent
     wanted.inspect(folder)
     if not wanted.config_only:
-        index = _weight_file(repository.model_id, names, wanted.pickles)
-        for name in [*sorted(names.intersection(SMALL_FILES)), index]:
+        files = _weight_files(repository.model_id, names, wanted.pickles)
+        for name in [*_small_files(names), *files]:
             repository.download(name, commit)
-        if index.endswith(".json"):
-            for shard in _shards(folder / index, names):
+        if files[0].endswith(".json"):
+            for shard in _shards(folder / files[0], names):
                 repository.download(shard, commit)
     if repository.revision != commit:
-        repository.download("config.json", repository.revision)
+        repository.download(description, repository.revision)
     return folder
 
 
-def _weight_file(model_id: str, names: set[str], pickles: bool) -> str:
-    """The index of the shards, which outranks a single file as it does in `checkpoint`, or the single file."""
+def _small_files(names: set[str]) -> list[str]:
+    """What is read beside the weights; of two tokenizers only the one that counts."""
+    tokenizer = next((name for name in TOKENIZERS if name in names), None)
+    return sorted(names.intersection(SMALL_FILES) | ({tokenizer} if tokenizer else set()))
+
+
+def _weight_files(model_id: str, names: set[str], pickles: bool) -> list[str]:
+    """The index of the shards, which outranks a single file as it does in `checkpoint`, or the single file.
+
+    Mistral's own shards may come without an index: then all of them.
+    """
+    if mistral_native.is_native(names) and not pickles:
+        try:
+            return mistral_native.require_weights(names, model_id)
+        except CheckpointError as bad:
+            raise HubError(str(bad)) from None
     single, index = WEIGHTS[pickles]
     for name in (index, single):
         if name in names:
-            return name
+            return [name]
     pickle = next((name for name in sorted(names) if name.endswith(PICKLE_SUFFIXES)), None)
     if pickle is not None and not pickles:
         raise HubError(
             f"{model_id} has only pickled weights ({pickle}), which can run code when read; "
             f"turn them into safetensors with: npllm convert {model_id} OUT"
         )
-    raise HubError(f"{model_id} has neither {single} nor {index}")
+    own = mistral_native.weight_files(names)
+    hint = f"; {own[0]} is in Mistral's own form, which needs {mistral_native.PARAMS} beside it" if own else ""
+    raise HubError(f"{model_id} has neither {single} nor {index}{hint}")
 
 
 def _shards(index: Path, names: set[str] | None = None) -> Iterator[str]:

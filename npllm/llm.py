@@ -15,7 +15,6 @@ import numpy as np
 from npllm.arrays import Array
 from npllm.backend import Backend
 from npllm.cache import Cache
-from npllm.handles import fingerprint
 from npllm.config import shown
 from npllm.errors import ArgumentError, ContextError, NumericsError, TokenizerError
 from npllm.generation import (
@@ -34,6 +33,7 @@ from npllm.generation import (
     stop_strings,
     stop_tokens,
 )
+from npllm.handles import fingerprint
 from npllm.model import Model, check_memory
 from npllm.models import Described
 from npllm.promptcache import PromptCache

@@ -7,17 +7,19 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from npllm import mistral_native
 from npllm.backend import Backend, get_backend
 from npllm.checkpoint import Checkpoint
 from npllm.config import Reader, read_json
 from npllm.errors import ArgumentError, ConfigError, TokenizerError
-from npllm.handles import Weight, fingerprint
+from npllm.handles import Handle, fingerprint
 from npllm.llm import LLM, Defaults
+from npllm.matching import match, own_name
 from npllm.model import Model, check_memory
 from npllm.models import Described, read_config
 from npllm.sampling import Sampling
-from npllm.tokenizer import Tokenizer
-from npllm.weights import Spec, build_tree, match
+from npllm.tokenizer import FILES, Tokenizer
+from npllm.weights import Spec, build_tree
 
 log = logging.getLogger("npllm")
 
@@ -39,24 +41,31 @@ def load(
     backend      "numpy", an installed backend's name, or "auto": the fastest that loads.
     dtype        arithmetic: "float32", "float64"; None is the backend's choice.
     kv_dtype     how keys and values are cached: "float32", "float64", "bfloat16"; None: as they are computed.
-    weights      "memory" or "auto"; `threads`: of BLAS and of the backend; `revision`: branch, tag or commit on the hub.
+    weights      "memory"; "disk": they stay in the mapped files, and each step reads the layers and the experts that it
+                 uses; "auto": on disk if they do not fit into memory.
+    threads      of BLAS and of the backend.
+    revision     branch, tag or commit on the hub.
     max_context  at most so many tokens per row; never more than the model was trained for.
     strict       an operation that a backend declines is an error.
 
     ConfigError, CheckpointError, TokenizerError, HubError, MemoryLimitError, BackendError say in one line what is wrong.
     """
     be = get_backend(backend, dtype=dtype, strict=strict, threads=threads, quantize=quantize)
-    if weights not in ("auto", "memory"):
-        raise ArgumentError(f"weights = {weights!r}: the {be.name} backend keeps weights in memory; use 'auto' or 'memory'")
+    if weights not in ("auto", "memory", "disk"):
+        raise ArgumentError(f"weights = {weights!r} must be 'auto', 'memory' or 'disk'")
     folder = locate(source, revision)
     described = read_config(folder)
     tokenizer = _read_tokenizer(folder, described.config.vocab_size)
     defaults = read_defaults(folder, described)
     spec = described.architecture.weight_spec(described.config)
-    handles = match(spec, Checkpoint(folder), getattr(described.architecture, "BUFFERS", None))
-    check_memory(be, handles.values(), str(source or "the shipped model"))
+    checkpoint = Checkpoint(folder, described.block)
+    handles = _match(spec, checkpoint, described)
+    name = "npllm-shipped" if source is None else str(source)
+    on_disk = weights == "disk" or not check_memory(be, handles.values(), name, demanded=weights == "memory")
+    if on_disk:
+        checkpoint.read_exactly()
     identity = fingerprint(handles)
-    tree = _prepare(be, spec, handles)
+    tree = _prepare(be, spec, handles, on_disk)
     model = Model(described.architecture, described.config, tree, spec)
     return LLM(
         model,
@@ -65,7 +74,7 @@ def load(
         defaults=defaults,
         max_context=max_context,
         kv_dtype=kv_dtype,
-        name="npllm-shipped" if source is None else str(source),
+        name=name,
         folder=folder,
         fingerprint=identity,
     )
@@ -102,7 +111,15 @@ def _existing(source: str | Path) -> Path | None:
         return None
 
 
-def _prepare(be: Backend, spec: Spec, handles: dict[str, Weight]) -> Any:
+def _match(spec: Spec, checkpoint: Checkpoint, described: Described) -> dict[str, Handle]:
+    rename = mistral_native.own_name if checkpoint.native else own_name
+    buffers, renamed = (getattr(described.architecture, name, None) for name in ("BUFFERS", "RENAMED"))
+    return match(spec, checkpoint, buffers, getattr(described.config, "skipped", None), rename=rename, renamed=renamed)
+
+
+def _prepare(be: Backend, spec: Spec, handles: dict[str, Handle], on_disk: bool) -> Any:
+    if on_disk:
+        return build_tree(spec, handles, be.mapped)
     if not sys.stderr.isatty():
         return build_tree(spec, handles, be.prepare)
     from tqdm import tqdm
@@ -113,12 +130,12 @@ def _prepare(be: Backend, spec: Spec, handles: dict[str, Weight]) -> Any:
 
 
 def _read_tokenizer(folder: Path, vocabulary: int) -> Tokenizer | None:
-    if not (folder / "tokenizer.json").exists():
+    if not any((folder / name).exists() for name in FILES):
         return None
     tokenizer = Tokenizer(folder)
     if tokenizer.size > vocabulary:
         raise TokenizerError(
-            f"{folder / 'tokenizer.json'}: ids up to {tokenizer.size - 1}, but the model's vocabulary has {vocabulary} rows"
+            f"{tokenizer.path}: ids up to {tokenizer.size - 1}, but the model's vocabulary has {vocabulary} rows"
         )
     return tokenizer
 

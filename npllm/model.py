@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,12 @@ from npllm.arrays import Array
 from npllm.backend import Backend
 from npllm.cache import Cache, Rows
 from npllm.errors import MemoryLimitError
-from npllm.handles import Weight
+from npllm.handles import Handle
 from npllm.machine import gibibytes
 from npllm.models import Architecture
 from npllm.weights import Spec, Tensor, count_parameters
+
+log = logging.getLogger("npllm")
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,17 @@ class Model:
         return be.new_cache(self.architecture.cache_spec(self.config), max_context, kv_dtype)
 
 
-def check_memory(be: Backend, tensors: Collection[Tensor | Weight], name: str) -> None:
-    """MemoryLimitError, before anything is allocated, when the prepared weights exceed the memory that is free."""
+def check_memory(be: Backend, tensors: Collection[Tensor | Handle], name: str, *, demanded: bool = True) -> bool:
+    """Whether the prepared weights fit into the memory that is free; asked before anything is allocated.
+
+    If they do not: MemoryLimitError when they must (`demanded`), else a warning that they stay on disk.
+    """
     needed, available = be.bytes_needed(tensors), be.available_memory()
-    if needed > available:
-        raise MemoryLimitError(
-            f"{name}: the weights need {gibibytes(needed)} as {be.array_dtype}, {gibibytes(available)} of memory is "
-            "available: free some, take a smaller model" + ("" if be.array_dtype == "float32" else ", or float32")
-        )
+    if needed <= available:
+        return True
+    problem = f"the weights need {gibibytes(needed)} as {be.array_dtype}, {gibibytes(available)} of memory is available"
+    if demanded:
+        narrower = "" if be.array_dtype == "float32" else ", or float32"
+        raise MemoryLimitError(f"{name}: {problem}: free some, take a smaller model{narrower}, or use weights='disk'")
+    log.warning("%s: %s: they stay on disk, and every step reads what it uses", name, problem)
+    return False

@@ -19,8 +19,9 @@ from npllm.backend import Backend, Norm, split_heads
 from npllm.blocks.masks import Mask
 from npllm.blocks.rope import Angles
 from npllm.cache import Keys, Rows
+from npllm.handles import Weight
 from npllm.machine import default_threads
-from npllm.weights import QKV, GatedFFN, Linear
+from npllm.weights import QKV, Experts, GatedFFN, Linear
 
 # Tokens from which a step is cut into parts.
 SPLIT = 64
@@ -56,10 +57,10 @@ class NumpyBackend(Backend):
         return parallel.rowwise(block, self.parts, *arrays)
 
     def rms_norm(self, x_D: Array, w: Linear | None, /, eps: float, offset: float = 0.0) -> Array:
-        return self._rowwise(lambda x: blocks.rms_norm(np, x, w and w.weight, eps, offset), x_D)
+        return self._rowwise(lambda x: blocks.rms_norm(np, x, w and self.dense(w.weight), eps, offset), x_D)
 
     def layer_norm(self, x_D: Array, w: Linear, /, eps: float) -> Array:
-        return self._rowwise(lambda x: blocks.layer_norm(np, x, w.weight, w.bias, eps), x_D)
+        return self._rowwise(lambda x: blocks.layer_norm(np, x, self.dense(w.weight), self.dense(w.bias), eps), x_D)
 
     def rope(self, x_MHK: Array, angles: Angles, /, interleaved: bool = False) -> Array:
         rotate = blocks.rotate_interleaved if interleaved else blocks.rotate_halves
@@ -67,12 +68,13 @@ class NumpyBackend(Backend):
 
     def linear(self, x_MD: Array, w: Linear, /, residual_MF: Array | None = None) -> Array:
         # The head of a prompt's step sees one row; BLAS is kept to one thread there, so it is cut like the rest.
-        if x_MD.size * len(w.weight) < SMALL_PRODUCT or (len(x_MD) < SPLIT and not parallel.blas_is_alone()):
+        few = len(x_MD) < SPLIT and not (parallel.blas_is_alone() or isinstance(w.weight, Weight))
+        if few or x_MD.size * len(w.weight) < SMALL_PRODUCT:
             return super().linear(x_MD, w, residual_MF)
         y_MF = np.empty((len(x_MD), len(w.weight)), x_MD.dtype)
 
         def features(part: slice) -> None:
-            _linear(x_MD, w, part, y_MF[:, part])
+            self._features(x_MD, w, part, y_MF[:, part])
             if residual_MF is not None:
                 y_MF[:, part] += residual_MF[:, part]
 
@@ -102,7 +104,7 @@ class NumpyBackend(Backend):
             for module, out in zip(w, outputs, strict=True)
             for part in parallel.split(out.shape[1], max(self.parts, out.shape[1] // WIDE))
         ]
-        parallel.each(lambda each: _linear(h_MD, each[0], each[2], each[1][:, each[2]]), parts, self.parts)
+        parallel.each(lambda each: self._features(h_MD, each[0], each[2], each[1][:, each[2]]), parts, self.parts)
         q_MF, k_MF, v_MF = outputs
         return split_heads(q_MF, head_dim), split_heads(k_MF, head_dim), split_heads(v_MF, head_dim)
 
@@ -117,16 +119,25 @@ class NumpyBackend(Backend):
 
         def features(part: slice) -> None:
             gate, up = np.empty((2, len(h_MD), part.stop - part.start), h_MD.dtype)
-            _linear(h_MD, w.gate_proj, part, gate)
-            _linear(h_MD, w.up_proj, part, up)
+            self._features(h_MD, w.gate_proj, part, gate)
+            self._features(h_MD, w.up_proj, part, up)
             np.multiply(blocks.ACTIVATIONS[act](np, gate), up, out=hidden_MF[:, part])
 
         parallel.each(features, parallel.split(inner, max(self.parts, inner // FEATURES)), self.parts)
         return self.linear(hidden_MF, w.down_proj, residual_MD)
 
+    def moe(
+        self, x_MD: Array, w: Experts, index_MC: Array, weight_MC: Array, /, act: str, *, weigh: str = "output"
+    ) -> Array:
+        if len(x_MD) < SPLIT:
+            return super().moe(x_MD, w, index_MC, weight_MC, act, weigh=weigh)
+        out_MCD = np.empty((*index_MC.shape, x_MD.shape[1]), x_MD.dtype)
+        pieces = self.moe_pieces(x_MD, w, index_MC, weight_MC, out_MCD, act, weigh)
+        parallel.each(lambda piece: piece(), pieces, self.parts)
+        return self._rowwise(lambda each_MCD: each_MCD.sum(axis=1), out_MCD)
 
-def _linear(x_MD: Array, w: Linear, part: slice, out: Array) -> None:
-    """The features in `part` of `x W^T + b`, into `out`."""
-    np.matmul(x_MD, w.weight[part].T, out=out)
-    if w.bias is not None:
-        out += w.bias[part]
+    def _features(self, x_MD: Array, w: Linear, part: slice, out: Array) -> None:
+        """The features in `part` of `x W^T + b`, into `out`."""
+        np.matmul(x_MD, self.dense(w.weight[part]).T, out=out)
+        if w.bias is not None:
+            out += self.dense(w.bias)[part]

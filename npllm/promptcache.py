@@ -45,7 +45,7 @@ class PromptCache:
             if mine != wanted:
                 break
             shared += 1
-        self.cache.truncate(self.slot, shared)
+        shared = self.cache.truncate(self.slot, shared)
         self.tokens = self.tokens[:shared]
         return shared
 
@@ -71,9 +71,7 @@ class PromptCache:
         """Write tokens, keys and values as safetensors; the file appears whole or not at all."""
         from safetensors.numpy import save
 
-        length = len(self.tokens)
-        contents = self.cache.contents(self.slot)
-        tensors = {name: np.ascontiguousarray(array[:, :length]) for name, array in contents.items()}
+        tensors = self.cache.contents(self.slot, len(self.tokens))
         tensors["tokens"] = np.array(self.tokens, dtype=np.int64)
         try:
             _write_whole(Path(path), save(tensors, metadata=self._about()))
@@ -108,8 +106,8 @@ class PromptCache:
             raise CheckpointError(f"{path}: holds {length} tokens, the context is {self.cache.max_context}")
         wanted: dict[str, tuple[str, tuple[int, ...]]] = {"tokens": ("I64", (length,))}
         for i, spec in enumerate(self.cache.specs):
-            wanted[f"layers.{i}.k"] = STORED[self.cache.kv_dtype], (spec.heads, length, spec.key_dim)
-            wanted[f"layers.{i}.v"] = STORED[self.cache.kv_dtype], (spec.heads, length, spec.value_dim)
+            for name, width in spec.widths.items():
+                wanted[f"layers.{i}.{name}"] = STORED[self.cache.kv_dtype], (spec.heads, spec.kept(length), width)
         found = {name: (file.format(name), file.shape(name)) for name in file}
         wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         if wrong:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from npllm import tekken
 from npllm.config import printable, read_json, shown
 from npllm.errors import TokenizerError
+
+log = logging.getLogger("npllm")
+
+# Where a tokenizer may be; the first that is there counts.
+FILES = ("tokenizer.json", "tekken.json")
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -26,22 +33,40 @@ OVERLAP = 16
 
 
 class Tokenizer:
-    """The tokenizer of a model folder: `tokenizer.json`, with what `tokenizer_config.json` adds.
+    """The tokenizer of a model folder: `tokenizer.json` or Mistral's `tekken.json`, with what `tokenizer_config.json` adds.
 
-    `special_tokens` maps names such as `bos_token` to their text. `chat_template` is the template's source, or None.
+    `special_tokens` maps names such as `bos_token` to their text. `chat_template` is the template's source, or None;
+    tekken.json brings the form of its version, which the folder's own template replaces.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.backend = _load(folder / "tokenizer.json")
+        self.path = next((path for name in FILES if (path := folder / name).is_file()), folder / FILES[0])
+        self.own_roles: dict[str, str] = {}
+        self.own_template: str | None = None
+        self.backend = self._load()
         path = folder / "tokenizer_config.json"
         self.settings = read_json(path, TokenizerError) if path.is_file() else {}
         self.special_tokens = self._special_tokens()
         self.chat_templates = self._chat_templates()
 
+    def _load(self) -> Any:
+        if not self.path.is_file():
+            raise TokenizerError(f"{self.path}: no such file; text needs a tokenizer, token ids do not")
+        if self.path.name == "tekken.json":
+            parts = tekken.read(self.path)
+            self.own_roles, self.own_template = parts.roles, parts.chat_template
+            with _translated(f"{self.path}: not a tokenizer"):
+                backend = tekken.build(parts)
+        else:
+            backend = _read_backend(self.path)
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+
     def _special_tokens(self) -> dict[str, str]:
         path = self.folder / "special_tokens_map.json"
-        stored = (read_json(path, TokenizerError) if path.is_file() else {}) | self.settings
+        stored = self.own_roles | (read_json(path, TokenizerError) if path.is_file() else {}) | self.settings
         found = {}
         for name in SPECIAL:
             value = stored.get(name)
@@ -61,6 +86,8 @@ class Tokenizer:
         value = self.settings.get("chat_template")
         if value is None and (self.folder / "chat_template.json").is_file():
             value = read_json(self.folder / "chat_template.json", TokenizerError).get("chat_template")
+        if value is None:
+            value = self.own_template
         if isinstance(value, str):
             return {"default": value}
         if value is None:
@@ -149,15 +176,13 @@ class Tokenizer:
         return self.chat_template
 
 
-def _load(path: Path) -> Any:
+def _read_backend(path: Path) -> Any:
     from tokenizers import Tokenizer as Backend
 
-    if not path.is_file():
-        raise TokenizerError(f"{path}: no such file; text needs a tokenizer, token ids do not")
     with _translated(f"{path}: not a tokenizer"):
         backend = Backend.from_file(str(path))
-    backend.no_truncation()
-    backend.no_padding()
+        if tekken.correct_split(backend):
+            log.info("%s: its vocabulary is Mistral's, its split Llama 3's by mistake; text is split as Mistral does", path)
     return backend
 
 

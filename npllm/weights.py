@@ -6,10 +6,7 @@ prefix: `layers.3.self_attn.q_proj.weight`. The tree has the same names as attri
 
 from __future__ import annotations
 
-import logging
 import math
-import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -17,12 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npllm.checkpoint import Checkpoint
 from npllm.config import DecoderConfig
-from npllm.errors import CheckpointError
-from npllm.handles import Weight
-
-log = logging.getLogger("npllm")
+from npllm.handles import Handle, Stack, Weight
 
 
 class Bundle(NamedTuple):
@@ -33,16 +26,31 @@ class Bundle(NamedTuple):
     field: str
 
 
+class Form(NamedTuple):
+    """How a checkpoint may store the experts' matrices [E, F, D] of one tensor.
+
+    name        of the stored tensor; with "{}" for the expert's number, there is one per expert.
+    half        of a fused tensor [E, 2F, D]: 0 or 1; None if it is not fused.
+    transposed  the last two axes are exchanged.
+    """
+
+    name: str
+    half: int | None = None
+    transposed: bool = False
+
+
 @dataclass(frozen=True)
 class Tensor:
     """One tensor of a model.
 
-    shape    as stored in the checkpoint.
+    shape    as stored in the checkpoint; of experts, all of a layer stacked.
     axes     one letter per axis (npllm.arrays): what sharding and quantisation go by.
-    part     embedding, attention, ffn, norm or head: what parameter counts are grouped by.
+    part     embedding, attention, ffn, experts, router, norm or head: what parameter counts are grouped by; "lookup" is a
+             table that is read row by row and never multiplied with, "buffer" is no parameter.
     bundle   the tuple that this tensor's module joins (q, k and v; gate, up and down), or None if it stands alone.
     alias    the tensor that serves when the checkpoint lacks this one (a tied head); an alias is not counted.
     stored   "oi" as Hugging Face's Linear [out, in], or "io" as GPT-2's Conv1D; backends always see [out, in].
+    forms    how checkpoints store the experts of a layer; none for a tensor that they store under its own name.
     """
 
     shape: tuple[int, ...]
@@ -51,6 +59,7 @@ class Tensor:
     bundle: Bundle | None = None
     alias: str | None = None
     stored: str = "oi"
+    forms: tuple[Form, ...] = ()
 
     @property
     def size(self) -> int:
@@ -90,13 +99,36 @@ class MLP(NamedTuple):
     c_proj: Linear
 
 
+class Gate(NamedTuple):
+    """The router of a mixture: its matrix [E, D], and what is added to the scores [E] when experts are chosen."""
+
+    gate: Linear
+    correction: Linear | None = None
+
+
+class Experts(NamedTuple):
+    """The experts of a layer; each field's weight holds E matrices, `weight[e]` being [F, D], of `down_proj` [D, F]."""
+
+    gate_proj: Linear
+    up_proj: Linear
+    down_proj: Linear
+
+
+class LatentKV(NamedTuple):
+    """MLA's projection to the latent vector and the shared key, and the norm of the latent vector."""
+
+    kv_a_proj_with_mqa: Linear
+    kv_a_layernorm: Linear
+
+
 def under(prefix: str, spec: Spec) -> Spec:
     """The same tensors with `prefix` before their names, bundles and aliases."""
     moved = {}
     for name, tensor in spec.items():
         bundle = tensor.bundle and tensor.bundle._replace(path=prefix + tensor.bundle.path)
         alias = tensor.alias and prefix + tensor.alias
-        moved[prefix + name] = replace(tensor, bundle=bundle, alias=alias)
+        forms = tuple(form._replace(name=prefix + form.name) for form in tensor.forms)
+        moved[prefix + name] = replace(tensor, bundle=bundle, alias=alias, forms=forms)
     return moved
 
 
@@ -122,15 +154,20 @@ def head_spec(vocabulary: int, width: int, tied_to: str | None) -> Spec:
     return {"lm_head.weight": Tensor((vocabulary, width), "ND", "head", alias=tied_to)}
 
 
-def attention_spec(width: int, heads: int, kv_heads: int, head_dim: int, *, bias: bool = False) -> Spec:
-    """q, k, v (one bundle) and o of a grouped-heads attention layer, under `self_attn`."""
-    into: dict[str, Any] = {"bias": bias, "bundle": ("self_attn.qkv", QKV)}
-    return {
-        **linear_spec("self_attn.q_proj", heads * head_dim, width, "HD", "attention", **into),
-        **linear_spec("self_attn.k_proj", kv_heads * head_dim, width, "GD", "attention", **into),
-        **linear_spec("self_attn.v_proj", kv_heads * head_dim, width, "GD", "attention", **into),
-        **linear_spec("self_attn.o_proj", width, heads * head_dim, "DH", "attention", bias=bias),
-    }
+def attention_spec(
+    width: int, heads: int, kv_heads: int, head_dim: int, *, bias: bool = False, o_bias: bool | None = None
+) -> Spec:
+    """q, k, v (one bundle) and o of a grouped-heads attention layer, under `self_attn`; `o_bias` of None is `bias`.
+
+    With `kv_heads` 0, the layer reads another's keys and values: q and o alone.
+    """
+    into: dict[str, Any] = {"bias": bias, "bundle": ("self_attn.qkv", QKV) if kv_heads else None}
+    spec = linear_spec("self_attn.q_proj", heads * head_dim, width, "HD", "attention", **into)
+    if kv_heads:
+        spec |= linear_spec("self_attn.k_proj", kv_heads * head_dim, width, "GD", "attention", **into)
+        spec |= linear_spec("self_attn.v_proj", kv_heads * head_dim, width, "GD", "attention", **into)
+    o_bias = bias if o_bias is None else o_bias
+    return spec | linear_spec("self_attn.o_proj", width, heads * head_dim, "DH", "attention", bias=o_bias)
 
 
 def gated_ffn_spec(name: str, width: int, inner: int, *, bias: bool = False) -> Spec:
@@ -140,6 +177,37 @@ def gated_ffn_spec(name: str, width: int, inner: int, *, bias: bool = False) -> 
         **linear_spec(f"{name}.up_proj", inner, width, "FD", "ffn", bias=bias, bundle=(name, GatedFFN)),
         **linear_spec(f"{name}.down_proj", width, inner, "DF", "ffn", bias=bias, bundle=(name, GatedFFN)),
     }
+
+
+def router_spec(name: str, experts: int, width: int, *, bundle: str, correction: str | None = None) -> Spec:
+    """The router's matrix `name.weight` [E, D] and, where there is one, the tensor `correction` [E]: a Gate at `bundle`."""
+    spec = {f"{name}.weight": Tensor((experts, width), "ED", "router", Bundle(bundle, Gate, "gate"))}
+    if correction is not None:
+        spec[correction] = Tensor((experts,), "E", "buffer", Bundle(bundle, Gate, "correction"))
+    return spec
+
+
+def experts_spec(
+    name: str,
+    experts: int,
+    width: int,
+    inner: int,
+    *,
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    transposed: bool = False,
+) -> Spec:
+    """The experts of a layer (one bundle at `name`): per expert, under its number, or fused as transformers 5 writes them.
+
+    `names` are those of gate, up and down within an expert. `transposed`: the fused tensors are stored [E, D, 2F] and
+    [E, F, D], as in Llama 4.
+    """
+    spec = {}
+    for field, own, half in zip(Experts._fields, names, (0, 1, None), strict=True):
+        fused = Form(f"{name}.{'down_proj' if half is None else 'gate_up_proj'}", half, transposed)
+        forms = (Form(f"{name}.{{}}.{own}.weight"), fused)
+        shape, axes = ((experts, width, inner), "EDF") if field == "down_proj" else ((experts, inner, width), "EFD")
+        spec[f"{name}.{field}.weight"] = Tensor(shape, axes, "experts", Bundle(name, Experts, field), forms=forms)
+    return spec
 
 
 def decoder_spec(c: DecoderConfig, layers: Iterable[Spec]) -> Spec:
@@ -152,104 +220,28 @@ def decoder_spec(c: DecoderConfig, layers: Iterable[Spec]) -> Spec:
 
 
 def count_parameters(spec: Spec) -> int:
-    """Parameters of the model; a tied head counts once."""
-    return sum(tensor.size for tensor in spec.values() if tensor.alias is None)
+    """Parameters of the model; a tied head counts once, a buffer not at all."""
+    return sum(tensor.size for tensor in spec.values() if tensor.alias is None and tensor.part != "buffer")
 
 
-# -- matching a checkpoint --------------------------------------------------------------------------------------------
-
-# Wrappers' prefixes, longest first; a tensor's own name is what follows.
-PREFIXES = ("language_model.model.", "model.language_model.", "language_model.", "model.", "transformer.")
-
-# Towers of multimodal wrappers, which the text model does without.
-TOWERS = re.compile(r"(model\.)?(vision_tower|vision_model|multi_modal_projector|audio_tower|embed_vision|embed_audio)\.")
-BUFFERS = re.compile(r"(.*\.)?rotary_emb\.inv_freq$")
-
-
-def own_name(name: str) -> str:
-    for prefix in PREFIXES:
-        if name.startswith(prefix):
-            return name[len(prefix) :]
-    return name
-
-
-def match(spec: Spec, checkpoint: Checkpoint, buffers: str | None = None) -> dict[str, Weight]:
-    """The checkpoint's handle for every tensor of the spec (aliases may be absent).
-
-    `buffers`: a regular expression of the model's own names that carry no weights. Missing, unexpected, doubled and
-    misshaped tensors raise CheckpointError naming the tensor as the file spells it.
-    """
-    stored = _stored_names(checkpoint, buffers)
-    # Formats first: a quantised file would otherwise be refused for the scales that it holds besides.
-    found = {name: checkpoint.weight(stored[name]) for name in spec if name in stored}
-    _refuse_unexpected(spec, stored, checkpoint)
-    handles: dict[str, Weight] = {}
-    for name, tensor in spec.items():
-        if name not in stored:
-            if tensor.alias is None:
-                raise CheckpointError(_missing(name, spec, stored, checkpoint))
-            continue
-        shape = checkpoint.shape(stored[name])
-        if shape != tensor.shape:
-            wanted = f"the config asks for {list(tensor.shape)}"
-            raise CheckpointError(f"{checkpoint.folder}: tensor {stored[name]} has shape {list(shape)}, {wanted}")
-        handle = found[name]
-        # Some checkpoints store a tied head beside the embedding: the same numbers are kept once.
-        if tensor.alias is not None and handle.equals(handles[tensor.alias]):
-            continue
-        handles[name] = replace(handle, axes=tensor.axes, part=tensor.part)
-    return handles
-
-
-def _stored_names(checkpoint: Checkpoint, buffers: str | None) -> dict[str, str]:
-    stored: dict[str, str] = {}
-    skipped = Counter[str]()
-    for name in checkpoint:
-        if tower := TOWERS.match(name):
-            skipped[tower[2]] += 1
-            continue
-        own = own_name(name)
-        if BUFFERS.match(own) or (buffers and re.fullmatch(buffers, own)):
-            continue
-        if own in stored:
-            raise CheckpointError(f"{checkpoint.folder}: {stored[own]} and {name} are two spellings of one tensor")
-        stored[own] = name
-    if skipped:
-        towers = ", ".join(f"{tower} ({count})" for tower, count in skipped.items())
-        log.warning("%s: text only; tensors of other towers are skipped: %s", checkpoint.folder, towers)
-    return stored
-
-
-def _refuse_unexpected(spec: Spec, stored: Mapping[str, str], checkpoint: Checkpoint) -> None:
-    unexpected = sorted(stored[name] for name in set(stored) - set(spec))
-    if unexpected:
-        raise CheckpointError(f"{checkpoint.folder}: {_some(unexpected)} not expected by this architecture and config")
-
-
-def _missing(name: str, spec: Spec, stored: Mapping[str, str], checkpoint: Checkpoint) -> str:
-    prefixes = Counter(full[: len(full) - len(own)] for own, full in stored.items())
-    prefix = prefixes.most_common(1)[0][0] if prefixes and name != "lm_head.weight" else ""
-    absent = [prefix + other for other, tensor in spec.items() if other not in stored and tensor.alias is None]
-    hint = "; the config says tie_word_embeddings = false" if name == "lm_head.weight" else ""
-    return f"{checkpoint.folder}: {_some(absent)} missing from the checkpoint{hint}"
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"tensor{'s' * (len(names) > 1)} {', '.join(names[:most])}{more} {'are' if len(names) > 1 else 'is'}"
+def active_parameters(spec: Spec, experts_per_token: int) -> int:
+    """Parameters that one token meets: of each layer's experts, those it is sent to."""
+    experts = [tensor for tensor in spec.values() if tensor.part == "experts"]
+    return count_parameters(spec) - sum(each.size // each.shape[0] * (each.shape[0] - experts_per_token) for each in experts)
 
 
 # -- random weights ---------------------------------------------------------------------------------------------------
 
 
-def random_weights(spec: Spec, seed: int = 0) -> dict[str, Weight]:
+def random_weights(spec: Spec, seed: int = 0) -> dict[str, Handle]:
     """Float32 weights for tests and benchmarks: gains about 1, biases not 0, matrices that keep the activations' scale."""
     generator = np.random.default_rng(seed)
-    return {
-        name: replace(Weight.of(name, _draw(generator, tensor)), axes=tensor.axes, part=tensor.part)
-        for name, tensor in spec.items()
-        if tensor.alias is None
-    }
+    return {name: _random(generator, name, tensor) for name, tensor in spec.items() if tensor.alias is None}
+
+
+def _random(generator: np.random.Generator, name: str, tensor: Tensor) -> Handle:
+    weight = replace(Weight.of(name, _draw(generator, tensor)), axes=tensor.axes, part=tensor.part)
+    return Stack(name, tuple(weight[e] for e in range(len(weight))), tensor.axes, tensor.part) if tensor.forms else weight
 
 
 def _draw(generator: np.random.Generator, tensor: Tensor) -> np.ndarray[Any, Any]:
@@ -270,7 +262,7 @@ def _draw(generator: np.random.Generator, tensor: Tensor) -> np.ndarray[Any, Any
 
 def build_tree(
     spec: Spec,
-    handles: Mapping[str, Weight],
+    handles: Mapping[str, Handle],
     prepare: Callable[[Any], Any],
     progress: Callable[[int], None] = lambda size: None,
 ) -> Any:
@@ -290,23 +282,24 @@ def build_tree(
     for (path, kind), fields in bundles.items():
         bundled = kind(**fields)
         tree[path] = prepare(bundled)
-        progress(sum(map(_stored_bytes, bundled)))
+        progress(sum(map(_stored_bytes, filter(None, bundled))))
     for name, tensor in spec.items():
         if tensor.alias is not None and name not in handles:
             tree[name.rpartition(".")[0]] = tree[tensor.alias.rpartition(".")[0]]
     return _nest(tree)
 
 
-def _modules(spec: Spec, handles: Mapping[str, Weight]) -> dict[str, tuple[Linear, Bundle | None]]:
+def _modules(spec: Spec, handles: Mapping[str, Handle]) -> dict[str, tuple[Linear, Bundle | None]]:
     """Handles grouped by module: `x.weight` and `x.bias` are one Linear at `x`; any other tensor is one at its own name."""
-    leaves: dict[str, dict[str, Weight]] = {}
+    leaves: dict[str, dict[str, Handle]] = {}
     places: dict[str, Bundle | None] = {}
     for name, handle in handles.items():
         path, _, leaf = name.rpartition(".")
         if leaf not in Linear._fields:
             path, leaf = name, "weight"
-        transposed = spec[name].stored == "io" and len(handle.shape) == 2
-        leaves.setdefault(path, {})[leaf] = handle.transposed() if transposed else handle
+        if isinstance(handle, Weight) and spec[name].stored == "io" and len(handle.shape) == 2:
+            handle = handle.transposed()
+        leaves.setdefault(path, {})[leaf] = handle
         places[path] = spec[name].bundle
     return {path: (Linear(**fields), places[path]) for path, fields in leaves.items()}
 

@@ -10,6 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from npllm.handles import Stack
 from npllm.models import interpret
 from npllm.weights import random_weights
 
@@ -25,35 +26,57 @@ Grouped heads share their keys and values; a cache keeps them, so that no token 
 
 COMMON = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": True}
 
+DECODER = COMMON | {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rope_theta": 10000.0,
+}
+
+LATENT = DECODER | {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 8,
+    "moe_intermediate_size": 14,
+    "n_routed_experts": 6,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+
 CONFIGS: dict[str, dict[str, Any]] = {
-    "qwen3": COMMON
-    | {
-        "architectures": ["Qwen3ForCausalLM"],
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 256,
-        "rope_theta": 10000.0,
-    },
-    "llama": COMMON
-    | {
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "rms_norm_eps": 1e-5,
-    },
+    "qwen3": DECODER | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
+    "deepseek_v2": LATENT | {"architectures": ["DeepseekV2ForCausalLM"], "topk_method": "group_limited_greedy"},
+    "deepseek_v3": LATENT | {"architectures": ["DeepseekV3ForCausalLM"]},
+    "kimi_k2": LATENT | {"architectures": ["DeepseekV3ForCausalLM"]},
+    "mistral4": LATENT | {"architectures": ["Mistral4ForCausalLM"]},
+    "gemma2": DECODER | {"architectures": ["Gemma2ForCausalLM"], "head_dim": 16, "sliding_window": 7},
+    "gemma3_text": DECODER
+    | {"architectures": ["Gemma3ForCausalLM"], "head_dim": 16, "sliding_window": 7, "sliding_window_pattern": 2},
+    "gemma3n_text": DECODER
+    | {"architectures": ["Gemma3nForCausalLM"], "head_dim": 16, "num_hidden_layers": 4, "num_kv_shared_layers": 2}
+    | {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 7, "laurel_rank": 6}
+    | {"vocab_size_per_layer_input": 310, "hidden_size_per_layer_input": 6, "activation_sparsity_pattern": [0.5, 0, 0, 0]},
+    "qwen2": DECODER | {"architectures": ["Qwen2ForCausalLM"]},
+    "llama": DECODER | {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5},
+    "llama4_text": DECODER
+    | {"architectures": ["Llama4ForCausalLM"], "head_dim": 16, "intermediate_size_mlp": 40, "num_local_experts": 3}
+    | {"interleave_moe_layer_step": 2, "no_rope_layer_interval": 2, "attention_chunk_size": 16, "floor_scale": 8},
+    "mistral": DECODER | {"architectures": ["MistralForCausalLM"], "head_dim": 16, "sliding_window": None},
+    "olmo2": DECODER | {"architectures": ["Olmo2ForCausalLM"]},
     "gpt2": COMMON | {"architectures": ["GPT2LMHeadModel"], "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
 }
 
 # What published files put before a tensor's own name (not before lm_head.weight).
-PREFIX = {"qwen3": "model.", "llama": "model.", "gpt2": "transformer."}
+PREFIX = dict.fromkeys(CONFIGS, "model.") | {"gpt2": "transformer."}
 
 STORAGE = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -94,11 +117,18 @@ def make_config(architecture: str = "qwen3", **changes: Any) -> dict[str, Any]:
 
 
 def make_tensors(config: dict[str, Any], seed: int = 0, prefix: str | None = None) -> dict[str, np.ndarray[Any, Any]]:
-    """Random float32 tensors under the names of the checkpoint; `prefix` replaces the published one."""
+    """Random float32 tensors under the names of the checkpoint, experts one by one; `prefix` replaces the published one."""
     described = interpret(config)
-    weights = random_weights(described.architecture.weight_spec(described.config), seed)
+    spec = described.architecture.weight_spec(described.config)
     before = PREFIX[config["model_type"]] if prefix is None else prefix
-    return {name if name == "lm_head.weight" else before + name: weight.data for name, weight in weights.items()}
+    tensors = {}
+    for name, weight in random_weights(spec, seed).items():
+        if isinstance(weight, Stack):
+            each = spec[name].forms[0].name
+            tensors |= {before + each.format(e): expert.data for e, expert in enumerate(weight.weights)}
+        else:
+            tensors[name if name == "lm_head.weight" else before + name] = weight.data
+    return tensors
 
 
 def save_tensors(folder: Path, tensors: dict[str, np.ndarray[Any, Any]], storage: str = "F32", shards: int = 1) -> None:

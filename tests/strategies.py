@@ -94,9 +94,125 @@ def llama(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @st.composite
+def llama4(draw: st.DrawFn) -> dict[str, Any]:
+    """MoE and dense layers, RoPE and NoPE, chunks and not, each apart from the others."""
+    fields, experts = draw(decoder()), draw(st.integers(2, 5))
+    some = st.lists(st.integers(0, 1), min_size=fields["num_hidden_layers"], max_size=fields["num_hidden_layers"])
+    kinds = [("full_attention", "chunked_attention")[kind] for kind in draw(some)]
+    return (
+        fields
+        | {"intermediate_size_mlp": draw(st.integers(3, 20)), "num_local_experts": experts}
+        | {"num_experts_per_tok": draw(st.integers(1, min(experts, 3))), "use_qk_norm": draw(st.booleans())}
+        | {"moe_layers": [i for i, is_moe in enumerate(draw(some)) if is_moe], "no_rope_layers": draw(some)}
+        | {"attention_chunk_size": draw(st.integers(1, 12))}
+        | {"attn_temperature_tuning": draw(st.sampled_from([True, False, 4])), "floor_scale": draw(st.integers(1, 9))}
+        | draw(st.sampled_from([{}, {"layer_types": kinds}]))
+    )
+
+
+@st.composite
 def qwen3(draw: st.DrawFn) -> dict[str, Any]:
     window = {"use_sliding_window": draw(st.booleans()), "sliding_window": draw(st.integers(1, 12))}
     return draw(decoder()) | window | {"max_window_layers": draw(st.integers(0, 2))}
+
+
+@st.composite
+def qwen2(draw: st.DrawFn) -> dict[str, Any]:
+    """As Qwen3, with the biases that it always has."""
+    return {key: value for key, value in draw(qwen3()).items() if key != "attention_bias"}
+
+
+@st.composite
+def mixture(draw: st.DrawFn) -> dict[str, Any]:
+    """What the mixtures of Qwen and Mixtral share: 2 to 5 experts, of which 1 to all are chosen."""
+    experts = draw(st.integers(2, 5))
+    fields = {key: value for key, value in draw(decoder()).items() if key != "attention_bias"}
+    return fields | {"num_local_experts": experts, "num_experts_per_tok": draw(st.integers(1, experts))}
+
+
+@st.composite
+def qwen3_moe(draw: st.DrawFn) -> dict[str, Any]:
+    """Dense and sparse layers, in any pattern that the fields allow."""
+    return draw(mixture()) | {
+        "moe_intermediate_size": draw(st.integers(1, 9)),
+        "norm_topk_prob": draw(st.booleans()),
+        "decoder_sparse_step": draw(st.integers(1, 2)),
+        "mlp_only_layers": draw(st.lists(st.integers(0, 3), max_size=2)),
+        "attention_bias": draw(st.booleans()),
+        "use_sliding_window": draw(st.booleans()),
+        "sliding_window": draw(st.integers(1, 12)),
+    }
+
+
+@st.composite
+def qwen2_moe(draw: st.DrawFn) -> dict[str, Any]:
+    fields = {key: value for key, value in draw(qwen3_moe()).items() if key != "attention_bias"}
+    shared = {"shared_expert_intermediate_size": draw(st.integers(1, 9)), "qkv_bias": draw(st.booleans())}
+    return fields | shared | {"max_window_layers": draw(st.integers(0, 3))}
+
+
+@st.composite
+def mixtral(draw: st.DrawFn) -> dict[str, Any]:
+    return draw(mixture()) | {"sliding_window": draw(st.none() | st.integers(1, 12))}
+
+
+@st.composite
+def mistral(draw: st.DrawFn) -> dict[str, Any]:
+    fields = {key: value for key, value in draw(decoder()).items() if key != "attention_bias"}
+    window = {"sliding_window": draw(st.none() | st.integers(1, 12))}
+    return fields | window | {"rope_interleave": draw(st.booleans())}
+
+
+@st.composite
+def olmo2(draw: st.DrawFn) -> dict[str, Any]:
+    """Grouped heads, or as many key/value heads as heads."""
+    fields = draw(decoder())
+    return fields | draw(st.sampled_from([{}, {"num_key_value_heads": fields["num_attention_heads"]}]))
+
+
+@st.composite
+def gemma2(draw: st.DrawFn) -> dict[str, Any]:
+    caps = st.none() | st.sampled_from([2.0, 30.0])
+    fields = draw(decoder()) | {
+        "hidden_activation": draw(st.sampled_from(["gelu_pytorch_tanh", "gelu"])),
+        "query_pre_attn_scalar": draw(st.integers(1, 20)),
+        "sliding_window": draw(st.integers(1, 12)),
+        "attn_logit_softcapping": draw(caps),
+        "final_logit_softcapping": draw(caps),
+    }
+    types = st.sampled_from(["sliding_attention", "full_attention"])
+    return fields | draw(st.sampled_from([{}, {"layer_types": [draw(types) for _ in range(fields["num_hidden_layers"])]}]))
+
+
+@st.composite
+def gemma3(draw: st.DrawFn) -> dict[str, Any]:
+    ropes = {"full_attention": draw(rope_parameters()), "sliding_attention": draw(rope_parameters())}
+    pattern = {"sliding_window_pattern": draw(st.integers(1, 3))}
+    return draw(gemma2()) | pattern | {"rope_parameters": ropes, "attn_logit_softcapping": None}
+
+
+@st.composite
+def gemma3n(draw: st.DrawFn) -> dict[str, Any]:
+    """Two to four layers, of which some share keys: those before have every type that occurs."""
+    fields, streams = draw(gemma3()), draw(st.integers(2, 4))
+    own, shared = draw(st.integers(1, 3)), draw(st.integers(0, 1))
+    types = draw(st.lists(st.sampled_from(["sliding_attention", "full_attention"]), min_size=own, max_size=own))
+    types += [draw(st.sampled_from(types)) for _ in range(shared)]
+    width = st.integers(3, 20)
+    unused = ("attn_logit_softcapping", "query_pre_attn_scalar", "sliding_window_pattern")
+    return {key: value for key, value in fields.items() if key not in unused} | {
+        "num_hidden_layers": len(types),
+        "num_kv_shared_layers": shared,
+        "layer_types": types,
+        "intermediate_size": draw(width | st.lists(width, min_size=len(types), max_size=len(types))),
+        "activation_sparsity_pattern": [draw(st.sampled_from([0.0, 0.5, 0.9])) for _ in types],
+        "vocab_size_per_layer_input": fields["vocab_size"] - draw(st.integers(-1, 9)),
+        "hidden_size_per_layer_input": draw(st.integers(1, 5)),
+        "altup_num_inputs": streams,
+        "altup_active_idx": draw(st.integers(0, streams - 1)),
+        "altup_correct_scale": draw(st.booleans()),
+        "laurel_rank": draw(st.integers(1, 4)),
+    }
 
 
 @st.composite
@@ -114,8 +230,72 @@ def gpt2(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@st.composite
+def latent(draw: st.DrawFn) -> dict[str, Any]:
+    """What DeepSeek V2, V3 and Mistral Large 3 share: latent widths, dense layers, experts in groups."""
+    groups, per_group = draw(st.integers(1, 3)), draw(st.integers(2, 3))
+    kept, heads = draw(st.integers(1, groups)), draw(st.integers(2, 5))
+    fields = {key: value for key, value in draw(decoder()).items() if key not in ("head_dim", "num_key_value_heads")}
+    return fields | {
+        "num_attention_heads": heads,
+        "q_lora_rank": draw(st.none() | st.integers(2, 12)),
+        "kv_lora_rank": draw(st.integers(2, 12)),
+        "qk_nope_head_dim": draw(st.integers(1, 7)),
+        "qk_rope_head_dim": draw(SIZES["K"]),
+        "v_head_dim": draw(SIZES["V"]),
+        "moe_intermediate_size": draw(st.integers(1, 9)),
+        "n_routed_experts": groups * per_group,
+        "n_shared_experts": draw(st.integers(1, 2)),
+        "num_experts_per_tok": draw(st.integers(1, min(4, kept * per_group))),
+        "n_group": groups,
+        "topk_group": kept,
+        "first_k_dense_replace": draw(st.integers(0, 3)),
+        "routed_scaling_factor": draw(st.sampled_from([1.0, 2.5])),
+    }
+
+
+@st.composite
+def deepseek_v3(draw: st.DrawFn) -> dict[str, Any]:
+    flags = {"rope_interleave": draw(st.booleans()), "norm_topk_prob": draw(st.booleans())}
+    fields = draw(latent()) | flags | {"moe_layer_freq": draw(st.integers(1, 2))}
+    temperature = {"mscale": draw(st.sampled_from([0.707, 1.0])), "mscale_all_dim": draw(st.sampled_from([0, 0.707, 1.0]))}
+    return fields | {"rope_parameters": fields["rope_parameters"] | draw(st.sampled_from([{}, temperature]))}
+
+
+@st.composite
+def deepseek_v2(draw: st.DrawFn) -> dict[str, Any]:
+    method = draw(st.sampled_from(["greedy", "group_limited_greedy"]))
+    return draw(latent()) | {"topk_method": method, "mlp_bias": draw(st.booleans())}
+
+
+@st.composite
+def mistral4(draw: st.DrawFn) -> dict[str, Any]:
+    """The context is many times the one that the query temperature counts in."""
+    fields = {key: value for key, value in draw(deepseek_v3()).items() if key != "moe_layer_freq"}
+    temperature = {"llama_4_scaling_beta": draw(st.sampled_from([0.0, 0.5])), "original_max_position_embeddings": 7}
+    return fields | {"rope_parameters": fields["rope_parameters"] | temperature}
+
+
 # One strategy per model_type; a house test demands that the registry has no other.
-CONFIGS: dict[str, st.SearchStrategy[dict[str, Any]]] = {"gpt2": gpt2(), "llama": llama(), "qwen3": qwen3()}
+CONFIGS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
+    "deepseek_v2": deepseek_v2(),
+    "deepseek_v3": deepseek_v3(),
+    "gemma2": gemma2(),
+    "gemma3_text": gemma3(),
+    "gemma3n_text": gemma3n(),
+    "gpt2": gpt2(),
+    "kimi_k2": deepseek_v3(),
+    "llama": llama(),
+    "llama4_text": llama4(),
+    "mistral": mistral(),
+    "mistral4": mistral4(),
+    "mixtral": mixtral(),
+    "olmo2": olmo2(),
+    "qwen2": qwen2(),
+    "qwen2_moe": qwen2_moe(),
+    "qwen3": qwen3(),
+    "qwen3_moe": qwen3_moe(),
+}
 
 
 def tiny_config(architecture: str | None = None) -> st.SearchStrategy[Described]:

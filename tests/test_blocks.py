@@ -3,14 +3,12 @@
 Each runs on NumPy and on the strict module (tests.strict).
 """
 
-import json
 import math
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors import safe_open
 
 from npllm import blocks
 from npllm.backend import LN, RMS, Backend
@@ -19,7 +17,7 @@ from npllm.cache import Cache, LayerSpec
 from npllm.config import Reader, read_rope
 from npllm.weights import MLP, GatedFFN, Linear
 from tests.compare import Array, agree, unmodified
-from tests.export import TRUTH, stale
+from tests.exported import FILES, both_dtypes, cases_of, lookup
 from tests.strict import STRICT, StrictBackend
 
 pytestmark = pytest.mark.usefixtures("checked_shapes")
@@ -242,50 +240,6 @@ def test_bfloat16_cache_rounds_to_even() -> None:
 # -- truth files ------------------------------------------------------------------------------------------------------
 
 
-class File:
-    """One file of `tests/truth/blocks`: the parameters and the tensors of each case."""
-
-    def __init__(self, name: str) -> None:
-        with safe_open(TRUTH / "blocks" / f"{name}.safetensors", "numpy") as file:
-            about = json.loads(file.metadata()["about"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        if why := stale(about["provenance"], "blocks"):
-            pytest.fail(why)
-        self.given: dict[str, dict[str, Any]] = about["cases"]
-        self.tensors = {case: self._of(case, tensors) for case in self.given}
-
-    @staticmethod
-    def _of(case: str, tensors: dict[str, Array]) -> dict[str, Array]:
-        return {key.partition("/")[2]: value for key, value in tensors.items() if key.partition("/")[0] == case}
-
-
-FILES = {name: File(name) for name in sorted(path.stem for path in (TRUTH / "blocks").iterdir())}
-
-
-def cases_of(*files: str) -> Any:
-    """Parametrise with the file and the case."""
-    return pytest.mark.parametrize(("file", "case"), [(file, case) for file in files for case in FILES[file].given])
-
-
-both_dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
-
-
-def lookup(file: str, case: str, dtype: str) -> tuple[dict[str, Any], dict[str, Array], str]:
-    """Parameters; tensors with real inputs in `dtype` and outputs computed in it; the limit."""
-    tensors = FILES[file].tensors[case]
-    outputs = {name.removesuffix("_f64") for name in tensors if name.endswith("_f64")}
-    chosen = {
-        name: tensors[f"{name}_f64"]
-        if name in outputs and dtype == "float64"
-        else value.astype(dtype)
-        if value.dtype.kind == "f"
-        else value
-        for name, value in tensors.items()
-        if not name.endswith("_f64")
-    }
-    return FILES[file].given[case], chosen, "block" if dtype == "float32" else "block float64"
-
-
 @both_dtypes
 @cases_of("rms_norm", "layer_norm")
 def test_norms(xp: Any, file: str, case: str, dtype: str) -> None:
@@ -294,6 +248,18 @@ def test_norms(xp: Any, file: str, case: str, dtype: str) -> None:
     parameters = [t[name] for name in ("weight", "bias") if name in t]
     with unmodified(t["x"], *parameters):
         y = getattr(blocks, file)(xp, t["x"], *parameters, given["eps"])
+    agree(y, t["y"], limit)
+    for row, want in zip(y, t["y"], strict=True):
+        agree(row, want, limit, literal=True)
+
+
+@both_dtypes
+@cases_of("rms_norm_kinds")
+def test_rms_norm_kinds(xp: Any, file: str, case: str, dtype: str) -> None:
+    """Gains stored as an offset from 1, norms without a gain, means over all heads of a projection."""
+    given, t, limit = lookup(file, case, dtype)
+    with unmodified(*t.values()):
+        y = blocks.rms_norm(xp, t["x"], t.get("weight"), given["eps"], given["offset"])
     agree(y, t["y"], limit)
     for row, want in zip(y, t["y"], strict=True):
         agree(row, want, limit, literal=True)
@@ -377,5 +343,6 @@ def test_ffn(be: Backend, file: str, case: str, dtype: str) -> None:
 
 
 def test_every_truth_file_is_used() -> None:
-    used = "activations attention attention_windowed ffn layer_norm rms_norm rope_apply rope_frequencies"
-    assert used.split() == list(FILES)
+    here = "activations attention attention_windowed ffn layer_norm rms_norm rms_norm_kinds rope_apply rope_frequencies"
+    elsewhere = "fp8 mla moe moe_shared routers"
+    assert sorted(here.split() + elsewhere.split()) == list(FILES)

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import npllm
 from npllm import arrays, blocks, models
 from npllm.backend import OPERATIONS, Backend
+from npllm.handles import Weight
 from npllm.models import REGISTRY
 from tests import strategies as our
 from tests.compare import agree
@@ -222,9 +223,11 @@ def test_a_model_runs_on_what_array_modules_share(architecture: str, kv_dtype: s
 
 
 def leaves(tree: Any) -> Iterator[np.ndarray[Any, Any]]:
-    """Every array of a weight tree."""
+    """Every array of a weight tree; of a table that stays on disk, its mapped bytes."""
     if isinstance(tree, np.ndarray):
         yield tree
+    elif isinstance(tree, Weight):
+        yield tree.data
     elif isinstance(tree, list | tuple):
         for each in tree:
             yield from leaves(each)

@@ -1,137 +1,148 @@
 """Published models: their config.json, as published, gives the published number of parameters and size of the cache."""
 
 import logging
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from npllm.cache import Cache
+from npllm.blocks import chunked, sliding
+from npllm.cache import KV_BYTES, Cache, LayerSpec, cache_bytes
 from npllm.models import interpret
-from npllm.weights import count_parameters
+from npllm.weights import Spec, active_parameters, count_parameters
+from tests import strategies as our
+from tests.published import MODELS
+from tests.steps import step
 
-GPT2: dict[str, Any] = {
-    "activation_function": "gelu_new",
-    "architectures": ["GPT2LMHeadModel"],
-    "attn_pdrop": 0.1,
-    "bos_token_id": 50256,
-    "embd_pdrop": 0.1,
-    "eos_token_id": 50256,
-    "initializer_range": 0.02,
-    "layer_norm_epsilon": 1e-5,
-    "model_type": "gpt2",
-    "n_ctx": 1024,
-    "n_positions": 1024,
-    "resid_pdrop": 0.1,
-    "summary_activation": None,
-    "summary_first_dropout": 0.1,
-    "summary_proj_to_labels": True,
-    "summary_type": "cls_index",
-    "summary_use_proj": True,
-    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
-    "vocab_size": 50257,
-}
+every_model = pytest.mark.parametrize("name", MODELS)
 
-LLAMA3: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-    "hidden_act": "silu",
-    "initializer_range": 0.02,
-    "max_position_embeddings": 8192,
-    "model_type": "llama",
-    "num_key_value_heads": 8,
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-5,
-    "rope_scaling": None,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.40.0",
-    "use_cache": True,
-    "vocab_size": 128256,
-}
-
-SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"}
-LLAMA31 = LLAMA3 | {"mlp_bias": False, "max_position_embeddings": 131072, "rope_scaling": {"factor": 8.0} | SCALING}
-LLAMA32 = LLAMA31 | {"tie_word_embeddings": True, "rope_scaling": {"factor": 32.0} | SCALING}
-
-QWEN3: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "initializer_range": 0.02,
-    "max_position_embeddings": 40960,
-    "model_type": "qwen3",
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-6,
-    "rope_scaling": None,
-    "rope_theta": 1000000,
-    "sliding_window": None,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.51.0",
-    "use_cache": True,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
+# Warnings that a published file deserves: it has a vision tower, or it names code of its author.
+EXPECTED_WARNINGS = ("a multimodal model; only its text part runs", "npllm never runs it")
 
 
-class Published(NamedTuple):
-    """A config.json, the parameters it stands for, and bytes per token of its bfloat16 cache."""
-
-    config: dict[str, Any]
-    parameters: int
-    kv_bytes: int
+def described(name: str) -> tuple[Any, Spec, list[LayerSpec]]:
+    """The configuration of a published model, its weight spec and its cache spec."""
+    found = interpret(MODELS[name].config, warn=lambda *_: None)
+    return found.config, found.architecture.weight_spec(found.config), found.architecture.cache_spec(found.config)
 
 
-def gpt2(width: int, layers: int, heads: int) -> dict[str, Any]:
-    return GPT2 | {"n_embd": width, "n_layer": layers, "n_head": heads}
+def no_memory_limit() -> int:
+    return 1 << 60
 
 
-def llama(family: dict[str, Any], width: int, layers: int, heads: int, inner: int, **more: Any) -> dict[str, Any]:
-    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": inner}
-    return family | sizes | more
+def new_cache(specs: list[LayerSpec], kv_dtype: str, max_context: int) -> Cache:
+    return Cache(np, specs, "float32", max_context, kv_dtype, no_memory_limit)
 
 
-def qwen3(width: int, layers: int, heads: int, inner: int, *, tied: bool) -> dict[str, Any]:
-    return llama(QWEN3, width, layers, heads, inner, max_window_layers=layers, tie_word_embeddings=tied)
-
-
-MODELS = {
-    "gpt2": Published(gpt2(768, 12, 12), 124_439_808, 36_864),
-    "gpt2-medium": Published(gpt2(1024, 24, 16), 354_823_168, 98_304),
-    "gpt2-large": Published(gpt2(1280, 36, 20), 774_030_080, 184_320),
-    "gpt2-xl": Published(gpt2(1600, 48, 25), 1_557_611_200, 307_200),
-    "Llama 3 8B": Published(llama(LLAMA3, 4096, 32, 32, 14336), 8_030_261_248, 131_072),
-    "Llama 3 70B": Published(llama(LLAMA3, 8192, 80, 64, 28672), 70_553_706_496, 327_680),
-    "Llama 3.1 8B": Published(llama(LLAMA31, 4096, 32, 32, 14336), 8_030_261_248, 131_072),
-    "Llama 3.1 70B": Published(llama(LLAMA31, 8192, 80, 64, 28672), 70_553_706_496, 327_680),
-    "Llama 3.1 405B": Published(llama(LLAMA31, 16384, 126, 128, 53248), 405_853_388_800, 516_096),
-    "Llama 3.2 1B": Published(llama(LLAMA32, 2048, 16, 32, 8192, head_dim=64), 1_235_814_400, 32_768),
-    "Llama 3.2 3B": Published(llama(LLAMA32, 3072, 28, 24, 8192, head_dim=128), 3_212_749_824, 114_688),
-    "Qwen3 0.6B": Published(qwen3(1024, 28, 16, 3072, tied=True), 596_049_920, 114_688),
-    "Qwen3 1.7B": Published(qwen3(2048, 28, 16, 6144, tied=True), 1_720_574_976, 114_688),
-    "Qwen3 4B": Published(qwen3(2560, 36, 32, 9728, tied=True), 4_022_468_096, 147_456),
-    "Qwen3 8B": Published(qwen3(4096, 36, 32, 12288, tied=False), 8_190_735_360, 147_456),
-    "Qwen3 14B": Published(qwen3(5120, 40, 40, 17408, tied=False), 14_768_307_200, 163_840),
-    "Qwen3 32B": Published(qwen3(5120, 64, 64, 25600, tied=False), 32_762_123_264, 262_144),
-}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_parameters_and_cache_of_a_published_model(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """No key of the file is unknown, and both numbers come out exactly."""
-    model = MODELS[name]
+@every_model
+def test_no_key_of_the_file_is_unknown(name: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "npllm"):
-        described = interpret(model.config)
-    assert not caplog.records
-    architecture, config = described.architecture, described.config
-    assert count_parameters(architecture.weight_spec(config)) == model.parameters
-    cache = Cache(np, architecture.cache_spec(config), "float32", config.max_position_embeddings, "bfloat16")
-    assert cache.bytes_per_token == model.kv_bytes
+        interpret(MODELS[name].config)
+    assert not [record.getMessage() for record in caplog.records if not record.getMessage().endswith(EXPECTED_WARNINGS)]
+
+
+@every_model
+def test_parameters(name: str) -> None:
+    assert count_parameters(described(name)[1]) == MODELS[name].parameters
+
+
+@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model.active])
+def test_active_parameters(name: str) -> None:
+    config, spec, _ = described(name)
+    printed = MODELS[name].active or ""
+    active = active_parameters(spec, config.router.experts_per_token)
+    assert f"{active / 1e9:.{len(printed.partition('.')[2])}f}" == printed
+
+
+def test_what_gemma_3n_only_looks_up() -> None:
+    """The per-layer embeddings: 2.3488 and 2.0133 billion of its parameters are read row by row."""
+    for name, layers in (("Gemma 3n E4B", 35), ("Gemma 3n E2B", 30)):
+        looked_up = sum(tensor.size for tensor in described(name)[1].values() if tensor.part == "lookup")
+        assert looked_up == 262_144 * 256 * layers
+
+
+@every_model
+def test_cache_per_token(name: str) -> None:
+    model, specs = MODELS[name], described(name)[2]
+    assert new_cache(specs, "bfloat16", 16).bytes_per_token == model.kv_bytes
+    growing = sum(spec.bytes_per_token("bfloat16") for spec in specs if spec.mask.span is None)
+    assert growing == (model.kv_bytes if model.growing is None else model.growing)
+
+
+def around(spans: set[int]) -> list[int]:
+    """Lengths on both sides of the windows and of the steps in which a cache grows."""
+    near = {span + more for span in spans for more in (-1, 0, 1)} | {3 * span for span in spans}
+    return sorted({1, 256, 257, 5000} | near)
+
+
+@every_model
+def test_cache_at_a_length(name: str) -> None:
+    """Windows stop growing: 256, 512, 1024 ... tokens of what sees everything, at most the window of the rest."""
+    model, (config, _, specs) = MODELS[name], described(name)
+    context = getattr(config, "max_position_embeddings", None) or config.n_positions
+    spans = {spec.mask.span for spec in specs if spec.mask.span is not None}
+    assert len(spans) <= 1
+    growing = model.kv_bytes if model.growing is None else model.growing
+    for length in around(spans):
+        if length <= context:
+            room = min(context, max(256, 1 << (length - 1).bit_length()))
+            expected = growing * room + (model.kv_bytes - growing) * min({room} | spans)
+            assert cache_bytes(specs, "bfloat16", length, context) == expected
+
+
+@every_model
+@pytest.mark.parametrize("kv_dtype", KV_BYTES)
+def test_a_cache_is_as_large_as_predicted(name: str, kv_dtype: str) -> None:
+    """One layer of each kind that the model has, really allocated."""
+    config, _, specs = described(name)
+    context = getattr(config, "max_position_embeddings", None) or config.n_positions
+    kinds = list(dict.fromkeys(specs))
+    cache = new_cache(kinds, kv_dtype, context)
+    rows = [cache.add(), cache.add()]
+    for length in around({spec.mask.span for spec in kinds if spec.mask.span is not None}):
+        if length <= context:
+            cache.reserve(length)
+            assert cache.nbytes == cache_bytes(kinds, kv_dtype, length, context, rows=len(rows))
+
+
+KINDS = {
+    "full": LayerSpec(2, 6, 4),
+    "ring": LayerSpec(2, 6, 4, sliding(300)),
+    "small ring": LayerSpec(2, 6, 4, sliding(7)),
+    "chunked ring": LayerSpec(3, 4, 4, chunked(300)),
+    "latent": LayerSpec(1, 20, 0, latent=16),
+}
+NUMBERS = {"full": 20, "ring": 20, "small ring": 20, "chunked ring": 24, "latent": 20}
+
+
+@pytest.mark.parametrize("kv_dtype", KV_BYTES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_in_use_is_as_large_as_predicted(kind: str, kv_dtype: str) -> None:
+    """Token by token and in pieces, before, at and beyond the window: room for 256, 512, 1000 tokens, or the window."""
+    spec, context = KINDS[kind], 1000
+    cache = new_cache([spec], kv_dtype, context)
+    slot, length = cache.add(), 0
+    for count, room in ((1, 256), (6, 256), (1, 256), (248, 256), (1, 512), (42, 512), (1, 512), (1, 512), (600, 1000)):
+        rows = cache.plan([slot], [count])
+        shape = count, spec.heads
+        values = None if spec.latent else np.ones((*shape, spec.value_dim), dtype=np.float32)
+        cache.layers[0].append(np.ones((*shape, spec.key_dim), dtype=np.float32), values, rows)
+        cache.advance(rows)
+        length += count
+        assert cache.nbytes == cache_bytes([spec], kv_dtype, length, context)
+        assert cache.nbytes == min(room, spec.mask.span or room) * NUMBERS[kind] * KV_BYTES[kv_dtype]
+
+
+@pytest.mark.parametrize("architecture", our.CONFIGS)
+@given(data=st.data(), kv_dtype=st.sampled_from([None, "bfloat16"]))
+def test_the_cache_of_a_model_in_use(architecture: str, data: st.DataObject, kv_dtype: str | None) -> None:
+    """Layers that share another's keys keep none; the context of these models, 48, lies beyond their windows."""
+    llm = data.draw(our.tiny_model(architecture, kv_dtype=kv_dtype))
+    specs, cache = llm.model.architecture.cache_spec(llm.config), llm.new_cache()
+    slot, length = cache.add(), 0
+    for count in (1, 6, 1, 30):
+        step(llm, cache, [slot], [np.zeros(count, dtype=np.int64)])
+        length += count
+        assert cache.nbytes == cache_bytes(specs, cache.kv_dtype, length, cache.max_context)

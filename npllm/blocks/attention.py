@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from npllm.arrays import Array, Namespace
+from npllm.arrays import Array, DTypeLike, Namespace
 from npllm.blocks.masks import Mask
 
 # `attention_pieces` takes this many queries at a time, and heads until it has this many scores: they stay in the cache,
@@ -29,6 +29,23 @@ def softmax(xp: Namespace, scores_S: Array) -> Array:
     return scores_S
 
 
+def temperature(xp: Namespace, position_M: Array, span: int, strength: float, dtype: DTypeLike) -> Array:
+    """What queries are multiplied by far from the start, `1 + strength ln(1 + floor(position / span))` -> factor_M.
+
+    Softmax over ever more keys flattens; this sharpens it again (Nakanishi 2025, arXiv 2501.19399). Positions
+    are integers, `dtype` is float32 or float64.
+    """
+    return 1.0 + strength * xp.log1p(xp.asarray(position_M // span, dtype=dtype))
+
+
+def soft_cap(xp: Namespace, x: Array, cap: float | None) -> Array:
+    """`cap tanh(x / cap)`, which stays between -cap and cap (Gemma 2, arXiv 2408.00118, section 2); elementwise, any shape.
+
+    None caps nothing.
+    """
+    return x if cap is None else cap * xp.tanh(x / cap)
+
+
 def softmax_attention(
     xp: Namespace,
     q_THK: Array,
@@ -41,9 +58,8 @@ def softmax_attention(
 ) -> Array:
     """`softmax(mask(softcap(scale * q k^T))) v` per head -> o_THV (Vaswani et al. 2017; grouped heads: arXiv 2305.13245).
 
-    Query head h reads key/value head `h // (H / G)`. The soft cap `c tanh(s / c)` (Gemma 2, arXiv 2408.00118) comes before
-    the mask, else -inf would become -c. The mask selects; it never adds or multiplies. A query that may see nothing gives 0.
-    T = 0 and S = 0 are legal.
+    Query head h reads key/value head `h // (H / G)`. The soft cap comes before the mask, else -inf would become -cap. The
+    mask selects; it never adds or multiplies. A query that may see nothing gives 0. T = 0 and S = 0 are legal.
     """
     if q_THK.dtype.itemsize < 4:
         q, k, v = (xp.asarray(x, dtype="float32") for x in (q_THK, k_SGK, v_SGV))
@@ -51,8 +67,7 @@ def softmax_attention(
     (T, H, K), (_, G, V) = q_THK.shape, v_SGV.shape
     q_GRTK = q_THK.reshape(T, G, H // G, K).transpose(1, 2, 0, 3) * q_THK.dtype.type(scale)
     scores_GRTS = q_GRTK @ k_SGK.transpose(1, 2, 0)[:, None]
-    if softcap is not None:
-        scores_GRTS = softcap * xp.tanh(scores_GRTS / softcap)
+    scores_GRTS = soft_cap(xp, scores_GRTS, softcap)
     xp.copyto(scores_GRTS, scores_GRTS.dtype.type(-math.inf), where=~allowed_TS)
     o_GRTV = softmax(xp, scores_GRTS) @ v_SGV.transpose(1, 0, 2)[:, None]
     return o_GRTV.transpose(2, 0, 1, 3).reshape(T, H, V)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from statistics import NormalDist
 
 import numpy as np
 
@@ -24,10 +25,20 @@ NO_TAIL = 40.0
 @widened
 def silu(xp: Namespace, x: Array) -> Array:
     """`x * sigmoid(x) = x / (1 + exp(-x))` (Ramachandran et al. 2017, arXiv 1710.05941); elementwise, any shape."""
+    return x / _one_plus_exp_minus(xp, x)
+
+
+@widened
+def sigmoid(xp: Namespace, x: Array) -> Array:
+    """`1 / (1 + exp(-x))`; elementwise, any shape."""
+    return 1.0 / _one_plus_exp_minus(xp, x)
+
+
+def _one_plus_exp_minus(xp: Namespace, x: Array) -> Array:
     denominator = xp.minimum(-x, x.dtype.type(LARGEST[x.dtype.itemsize]))
     xp.exp(denominator, out=denominator)
     denominator += 1.0
-    return x / denominator
+    return denominator
 
 
 @widened
@@ -83,6 +94,21 @@ def gelu(xp: Namespace, x: Array) -> Array:
 def relu(xp: Namespace, x: Array) -> Array:
     """`max(x, 0)`; elementwise, any shape."""
     return xp.maximum(x, x.dtype.type(0.0))
+
+
+@widened
+def gaussian_topk(xp: Namespace, gate_F: Array, sparsity: float) -> Array:
+    """`relu(gate - cut)`, where about the share `sparsity` of a normal distribution lies below the cut -> gate_F.
+
+    `cut = mean + z std` over the features F (any leading axes), with the population's standard deviation and the normal
+    quantile `z` of `sparsity`, 0 < sparsity < 1, both rounded to the dtype: a top-k without sorting (Spark Transformer,
+    You et al. 2025, arXiv 2506.06644). What passes the cut is what it exceeds the cut by.
+    """
+    quantile = NormalDist().inv_cdf(float(gate_F.dtype.type(sparsity)))
+    mean_F1 = xp.mean(gate_F, axis=-1, keepdims=True)
+    centred_F = gate_F - mean_F1
+    cut_F1 = mean_F1 + xp.sqrt(xp.mean(xp.square(centred_F), axis=-1, keepdims=True)) * gate_F.dtype.type(quantile)
+    return relu(xp, gate_F - cut_F1)
 
 
 Activation = Callable[[Namespace, Array], Array]

@@ -28,6 +28,11 @@ class Mask(NamedTuple):
             seen_TS &= query_T1 // self.chunk == key_1S // self.chunk
         return xp.asarray(seen_TS)
 
+    @property
+    def span(self) -> int | None:
+        """The most keys that a query can see, its own included; None: all."""
+        return min((each for each in self if each is not None), default=None)
+
     def reach(self, first: int, last: int) -> tuple[int, int]:
         """The key positions [low, high) that queries at `first..last` can see at all; outside, nothing need be read."""
         low = 0

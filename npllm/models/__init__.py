@@ -8,29 +8,54 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from npllm import mistral_native
 from npllm.arrays import Array
 from npllm.backend import Backend
 from npllm.cache import Cache, LayerSpec, Rows
-from npllm.config import Reader, nearest, read_json, shown
+from npllm.config import Reader, nearest, shown
 from npllm.errors import ConfigError
+from npllm.quantised import BLOCK, Block, read_block
 from npllm.weights import Spec
 
 log = logging.getLogger("npllm")
 
 # model_type of config.json -> file in this folder.
-REGISTRY = {"gpt2": "gpt2", "llama": "llama3", "qwen3": "qwen3"}
+REGISTRY = {
+    "deepseek_v2": "deepseek_v2",
+    "deepseek_v3": "deepseek_v3",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "gemma3n_text": "gemma3n",
+    "gpt2": "gpt2",
+    "kimi_k2": "deepseek_v3",
+    "llama": "llama3",
+    "llama4_text": "llama4",
+    "mistral": "mistral",
+    "mistral4": "mistral4",
+    "mixtral": "mixtral",
+    "olmo2": "olmo2",
+    "qwen2": "qwen2",
+    "qwen2_moe": "qwen2_moe",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3_moe",
+}
 
 # Multimodal wrappers keep the text model's configuration here; it may leave its own model_type to the wrapper's.
 NESTED = "text_config"
-WRAPPERS: dict[str, str] = {}
+WRAPPERS: dict[str, str] = {
+    "gemma3": "gemma3_text",
+    "gemma3n": "gemma3n_text",
+    "llama4": "llama4_text",
+    "mistral3": "mistral",
+}
 
 # What the text part takes from the wrapper where it says nothing itself.
-INHERITED = ("tie_word_embeddings", "eos_token_id", "auto_map")
+INHERITED = ("tie_word_embeddings", "eos_token_id", "auto_map", "quantization_config")
 
 
 class Architecture(Protocol):
-    """What a model file offers. It may add BUFFERS (a regular expression of own names that carry no weights) and IGNORED
-    (config keys without effect)."""
+    """What a model file offers. It may add BUFFERS (a regular expression of own names that carry no weights), RENAMED (parts
+    of own names that some files spell otherwise, with this file's spelling) and IGNORED (config keys without effect)."""
 
     Config: Any
 
@@ -40,17 +65,18 @@ class Architecture(Protocol):
 
 
 class Described(NamedTuple):
-    """A configuration read: the module that computes it, its Config, and the config.json it came from."""
+    """A configuration read: the module that computes it, its Config, the config.json it came from, and the rows and columns
+    of a block of its FP8 weights."""
 
     architecture: Architecture
     config: Any
     values: dict[str, Any]
+    block: Block = BLOCK
 
 
 def read_config(folder: Path) -> Described:
-    """Read `folder/config.json`."""
-    path = folder / "config.json"
-    return interpret(read_json(path, missing="; a model folder needs one"), str(path))
+    """Read `folder/config.json`, or `params.json` where the model is in Mistral's own files."""
+    return interpret(*mistral_native.read_described(folder))
 
 
 def interpret(values: dict[str, Any], name: str = "config.json", warn: Callable[..., None] = log.warning) -> Described:
@@ -61,27 +87,22 @@ def interpret(values: dict[str, Any], name: str = "config.json", warn: Callable[
     text = values.get(NESTED)
     if isinstance(text, dict):
         warn("%s: a multimodal model; only its text part runs", name)
-        refuse_quantised(values, name)
-        inherited = {key: values[key] for key in INHERITED if key in values and key not in text}
+        inherited = {key: values[key] for key in INHERITED if key in values and text.get(key) is None}
         if (wrapper := values.get("model_type")) in WRAPPERS and "model_type" not in text:
             inherited["model_type"] = WRAPPERS[wrapper]
-        values, name = inherited | text, f"{name}: {NESTED}"
+        # Either part may say that the head is tied. A head that is stored counts before both (npllm.weights.match).
+        if values.get("tie_word_embeddings") is True:
+            text = text | {"tie_word_embeddings": True}
+        values, name = text | inherited, f"{name}: {NESTED}"
     if "auto_map" in values:
         warn("%s: its auto_map names code of the checkpoint's author; npllm never runs it", name)
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in REGISTRY:
         problem = "has no model_type" if kind is None else f"model_type {shown(kind)} is not supported"
         raise ConfigError(f"{name}: {problem}; supported: {nearest(shown(kind, str), REGISTRY)}")
-    refuse_quantised(values, name)
+    block = read_block(values, name)
     architecture = import_module(f"npllm.models.{REGISTRY[kind]}")
     reader = Reader(values, name, warn)
     config = architecture.Config.read(reader)
     reader.finish(getattr(architecture, "IGNORED", ()))
-    return Described(architecture, config, values)
-
-
-def refuse_quantised(values: dict[str, Any], name: str) -> None:
-    quantisation = values.get("quantization_config")
-    if quantisation:
-        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
-        raise ConfigError(f"{name}: quantised checkpoints are not supported (quantization_config: {shown(method, str)})")
+    return Described(architecture, config, values, block)

@@ -6,8 +6,8 @@
     python -m tests.export --only blocks            # the operations
     python -m tests.export --list                   # the cases and what each is for
 
-`cases/` declares the model cases, a file per family, `models.py` runs them, `blocks.py` runs single operations, `float64.py` makes
-transformers compute in float64 throughout. `tests/truth/README.md` describes the files.
+`cases/` declares the model cases, a file per family, `models.py` runs them, `blocks/` runs single operations,
+`float64.py` makes transformers compute in float64 throughout. `tests/truth/README.md` describes the files.
 """
 
 import json

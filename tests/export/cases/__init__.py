@@ -5,9 +5,22 @@ no two axes can be confused: key/value heads are neither 1 nor the number of hea
 size, and the sizes are not all powers of two.
 """
 
-from . import gpt2, llama, qwen
+from . import deepseek, fp8, gemma, gemma3n, gpt2, llama, llama4, mistral, mixtral, olmo2, qwen, qwen_moe
 from .case import Case, digest
 
 __all__ = ["CASES", "Case", "digest"]
 
-CASES = gpt2.CASES | llama.CASES | qwen.CASES
+CASES = (
+    deepseek.CASES
+    | fp8.CASES
+    | gemma.CASES
+    | gemma3n.CASES
+    | gpt2.CASES
+    | llama.CASES
+    | llama4.CASES
+    | mistral.CASES
+    | mixtral.CASES
+    | olmo2.CASES
+    | qwen.CASES
+    | qwen_moe.CASES
+)

@@ -15,10 +15,16 @@ class Case:
     storage: dtype of the stored weights; the truth is computed in float32 from the weights as stored.
     controls: config fields that switch the case's feature off. Each must change the logits of the same weights by at
     least one per cent, so a case cannot pass without its feature.
+    zeroed: the same for weights: setting to 0 those whose names a regular expression matches must change the logits as much.
     old_rope_key: if given, `config.old.json` says the same in the spelling of before transformers 5, with this name for
     the key of the RoPE type ("rope_type" or the still older "type"); `old` are fields that this spelling has besides,
     `old_without` those that it lacks.
     shard_size: if given, the weights are split into files of at most this size, with an index.
+    quantisation: `quantization_config` of config.json, if the linear weights are stored in FP8; `scales` is their scales'
+    dtype, `storage` that of everything else.
+    fused: store the experts of a layer as transformers 5 holds them in memory, not under the published names.
+    sliced_from: another case, exported before, whose weights are cut (`matformer.sliced`) in place of drawing new ones;
+    `kept_layers` are the layers that are left of it.
     """
 
     model: str
@@ -28,10 +34,16 @@ class Case:
     tokens: int = 37
     storage: str = "float32"
     controls: tuple[dict[str, Any], ...] = ()
+    zeroed: tuple[str, ...] = ()
     old_rope_key: str | None = None
     old: dict[str, Any] = field(default_factory=dict)
     old_without: tuple[str, ...] = ()
     shard_size: str | None = None
+    quantisation: dict[str, Any] = field(default_factory=dict)
+    scales: str = "float32"
+    fused: bool = False
+    sliced_from: str | None = None
+    kept_layers: tuple[int, ...] = ()
 
 
 def digest(case: Case) -> str:

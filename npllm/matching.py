@@ -1,0 +1,191 @@
+"""Matching a checkpoint with what a model asks for: every tensor is found, or the error names it as the file spells it."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+from npllm.checkpoint import Checkpoint
+from npllm.errors import CheckpointError
+from npllm.handles import Handle, Stack, Weight
+from npllm.weights import Form, Spec, Tensor
+
+log = logging.getLogger("npllm")
+
+# What to add to an error about these tensors.
+Hint = Callable[[list[str]], str]
+
+# Wrappers' prefixes, longest first; a tensor's own name is what follows.
+PREFIXES = ("language_model.model.", "model.language_model.", "language_model.", "model.", "transformer.")
+
+# Towers of multimodal wrappers, which the text model does without.
+TOWERS = re.compile(r"(model\.)?(vision_tower|vision_model|multi_modal_projector|audio_tower|embed_vision|embed_audio)\.")
+BUFFERS = re.compile(r"(.*\.)?rotary_emb\.inv_freq$")
+
+
+def own_name(name: str) -> str | None:
+    """The model's name of a tensor that Hugging Face's files call `name`; None for another tower's."""
+    if TOWERS.match(name):
+        return None
+    for prefix in PREFIXES:
+        if name.startswith(prefix):
+            return name[len(prefix) :]
+    return name
+
+
+def match(
+    spec: Spec,
+    checkpoint: Checkpoint,
+    buffers: str | None = None,
+    skipped: Mapping[str, str] | None = None,
+    rename: Callable[[str], str | None] = own_name,
+    renamed: Mapping[str, str] | None = None,
+) -> dict[str, Handle]:
+    """The checkpoint's handle for every tensor of the spec (aliases may be absent).
+
+    buffers  a regular expression of the model's own names that carry no weights.
+    skipped  regular expressions of own names that the model does without, each with what they are: one line tells of them.
+    rename   the own name of a stored tensor; None for one of another tower.
+    renamed  parts of own names that some files spell otherwise, each with the model's spelling.
+
+    Missing, unexpected, doubled and misshaped tensors raise CheckpointError naming the tensor as the file spells it.
+    """
+    stored = _stored_names(checkpoint, buffers, skipped or {}, _respelled(rename, renamed or {}))
+    chosen = {name: _form(tensor, stored) for name, tensor in spec.items()}
+    used = {each for name, tensor in spec.items() for each in _names(name, tensor, chosen[name])}
+    # Formats first: a file of another kind would otherwise be refused for what it holds besides.
+    for name in spec.keys() & stored.keys():
+        checkpoint.weight(stored[name])
+    experts = _experts_hint(spec)
+    _refuse_unexpected(used, stored, checkpoint, experts)
+    missing = [name for name in used - set(stored) if name not in spec or spec[name].alias is None]
+    if missing:
+        raise CheckpointError(_missing(_in_order(missing, spec), stored, checkpoint, experts))
+    handles: dict[str, Handle] = {}
+    for name, tensor in spec.items():
+        form = chosen[name]
+        if form is not None:
+            handles[name] = _experts(name, tensor, form, stored, checkpoint)
+        elif name in stored:
+            handle = _checked(checkpoint, stored[name], tensor.shape)
+            # Some checkpoints store a tied head beside the embedding: the same numbers are kept once.
+            tied = None if tensor.alias is None else handles[tensor.alias]
+            if not (isinstance(tied, Weight) and handle.equals(tied)):
+                handles[name] = replace(handle, axes=tensor.axes, part=tensor.part)
+    return handles
+
+
+def _form(tensor: Tensor, stored: Mapping[str, str]) -> Form | None:
+    """The form in which the checkpoint holds this tensor: the first of which it has a part, else the first."""
+    for form in tensor.forms:
+        if any(form.name.format(e) in stored for e in range(tensor.shape[0])):
+            return form
+    return tensor.forms[0] if tensor.forms else None
+
+
+def _names(name: str, tensor: Tensor, form: Form | None) -> list[str]:
+    """The stored tensors that make up one tensor of the spec."""
+    if form is None:
+        return [name]
+    return [form.name.format(e) for e in range(tensor.shape[0])] if "{}" in form.name else [form.name]
+
+
+def _checked(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Weight:
+    """The handle, if it has the shape that the config asks for."""
+    found = checkpoint.shape(name)
+    if found != shape:
+        wanted = f"the config asks for {list(shape)}"
+        raise CheckpointError(f"{checkpoint.folder}: tensor {name} has shape {list(found)}, {wanted}")
+    return checkpoint.weight(name)
+
+
+def _experts(name: str, tensor: Tensor, form: Form, stored: Mapping[str, str], checkpoint: Checkpoint) -> Stack:
+    E, rows, columns = tensor.shape
+    if "{}" in form.name:
+        each = (_checked(checkpoint, stored[form.name.format(e)], (rows, columns)) for e in range(E))
+        return Stack(name, tuple(each), tensor.axes, tensor.part)
+    halves = 1 if form.half is None else 2
+    shape = (E, columns, halves * rows) if form.transposed else (E, halves * rows, columns)
+    fused = _checked(checkpoint, stored[form.name], shape)
+    begin = rows * (form.half or 0)
+    matrices = ((fused[e].transposed() if form.transposed else fused[e])[begin : begin + rows] for e in range(E))
+    return Stack(name, tuple(matrices), tensor.axes, tensor.part)
+
+
+def _respelled(rename: Callable[[str], str | None], renamed: Mapping[str, str]) -> Callable[[str], str | None]:
+    """`rename`, with the model's spelling of what `renamed` names."""
+
+    def own(name: str) -> str | None:
+        found = rename(name)
+        for theirs, ours in renamed.items():
+            found = found and found.replace(theirs, ours)
+        return found
+
+    return own
+
+
+def _stored_names(
+    checkpoint: Checkpoint, buffers: str | None, skipped: Mapping[str, str], rename: Callable[[str], str | None]
+) -> dict[str, str]:
+    """The checkpoint's names by the model's own, without what the model does without."""
+    stored: dict[str, str] = {}
+    towers, left_out = Counter[str](), Counter[str]()
+    for name in checkpoint:
+        own = rename(name)
+        if own is None:
+            towers[name.removeprefix("model.").partition(".")[0]] += 1
+            continue
+        if BUFFERS.match(own) or (buffers and re.fullmatch(buffers, own)):
+            continue
+        if why := next((what for pattern, what in skipped.items() if re.fullmatch(pattern, own)), None):
+            left_out[why] += 1
+            continue
+        if own in stored:
+            raise CheckpointError(f"{checkpoint.folder}: {stored[own]} and {name} are two spellings of one tensor")
+        stored[own] = name
+    for what, counts in (("text only; tensors of other towers", towers), ("tensors that it does without", left_out)):
+        if counts:
+            skips = ", ".join(f"{each} ({count})" for each, count in counts.items())
+            log.warning("%s: %s are skipped: %s", checkpoint.folder, what, skips)
+    return stored
+
+
+def _in_order(names: Iterable[str], spec: Spec) -> list[str]:
+    """`names` in the order of the spec; those of experts, by number, at the end."""
+    place = {name: i for i, name in enumerate(spec)}
+    numbers = re.compile(r"\d+")
+    return sorted(names, key=lambda name: (place.get(name, len(place)), [int(n) for n in numbers.findall(name)], name))
+
+
+def _experts_hint(spec: Spec) -> Hint:
+    """What to say besides where the tensors in question are those of numbered experts."""
+    numbers = {tensor.shape[0] for tensor in spec.values() if tensor.forms}
+
+    def hint(names: list[str]) -> str:
+        numbered = numbers and all(re.search(r"\.experts\.\d+\.", name) for name in names)
+        return f"; the config says {min(numbers)} experts" if numbered else ""
+
+    return hint
+
+
+def _refuse_unexpected(used: set[str], stored: Mapping[str, str], checkpoint: Checkpoint, experts: Hint) -> None:
+    unexpected = sorted(stored[name] for name in set(stored) - used)
+    if unexpected:
+        what = f"{_some(unexpected)} not expected by this architecture and config{experts(unexpected)}"
+        raise CheckpointError(f"{checkpoint.folder}: {what}")
+
+
+def _missing(missing: list[str], stored: Mapping[str, str], checkpoint: Checkpoint, experts: Hint) -> str:
+    prefixes = Counter(full[: len(full) - len(own)] for own, full in stored.items() if full.endswith(own))
+    head = missing[0] == "lm_head.weight"
+    prefix = prefixes.most_common(1)[0][0] if prefixes and not head else ""
+    hint = "; the config says tie_word_embeddings = false" if head else experts(missing)
+    return f"{checkpoint.folder}: {_some([prefix + name for name in missing])} missing from the checkpoint{hint}"
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"tensor{'s' * (len(names) > 1)} {', '.join(names[:most])}{more} {'are' if len(names) > 1 else 'is'}"
