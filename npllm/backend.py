@@ -260,12 +260,15 @@ class Backend:
         """The work of a mixture, an expert a piece; each writes its tokens' places of `out_MCD`, in any order."""
 
         def expert(e: int, x_TD: Array) -> Array:
-            gate_FD, up_FD, down_DF = (self.dense(part.weight[e]) for part in w)
-            hidden_TF = blocks.ACTIVATIONS[act](self.xp, x_TD @ gate_FD.T)
-            hidden_TF *= x_TD @ up_FD.T
-            return hidden_TF @ down_DF.T
+            return self.expert(x_TD, *(self.dense(part.weight[e]) for part in w), act)
 
         return blocks.moe_pieces(self.xp, x_MD, expert, index_MC, weight_MC, out_MCD, weigh)
+
+    def expert(self, x_TD: Array, gate_FD: Array, up_FD: Array, down_DF: Array, act: str) -> Array:
+        """`down(act(gate x) * up x)` of one expert for the tokens that chose it -> y_TD."""
+        hidden_TF = blocks.ACTIVATIONS[act](self.xp, x_TD @ gate_FD.T)
+        hidden_TF *= x_TD @ up_FD.T
+        return hidden_TF @ down_DF.T
 
     # -- coarse operations --------------------------------------------------------------------------------------------
 

@@ -119,7 +119,7 @@ class Keys(NamedTuple):
     def row(self, r: int) -> tuple[Array, Array, int]:
         """Row r: k_SGK, v_SGV in the order of their positions (views where they can be), and the position of the first."""
         k_SGK, v_SGV = (
-            unrolled(self.xp, x_BSGX[self.slots[r]], self.begins[r], self.counts[r]) for x_BSGX in (self.k_BSGK, self.v_BSGV)
+            unrolled(self.xp, x_BSGF[self.slots[r]], self.begins[r], self.counts[r]) for x_BSGF in (self.k_BSGK, self.v_BSGV)
         )
         if self.widen is not None:
             k_SGK, v_SGV = widen_bfloat16(k_SGK, self.widen), widen_bfloat16(v_SGV, self.widen)
@@ -200,21 +200,21 @@ class LayerCache:
         wraps = any(start + end - begin > self.size for _, start, begin, end in rows)
         gathered = self._gather(new, rows) if wraps and max(rows.counts) > 1 else None
         for slot, start, begin, end in rows:
-            for stored, x_MGX in zip(self.stored, new, strict=True):
-                self._write(stored[slot], start, x_MGX[begin:end].transpose(1, 0, 2))
+            for stored, x_MGF in zip(self.stored, new, strict=True):
+                self._write(stored[slot], start, x_MGF[begin:end].transpose(1, 0, 2))
             self.reached[slot] = max(self.reached[slot], start + end - begin)
         return gathered or self._keys(rows)
 
-    def _encoded(self, x_MGX: Array) -> Array:
-        return round_to_bfloat16(self.xp, x_MGX) if self.kv_dtype == "bfloat16" else x_MGX
+    def _encoded(self, x_MGF: Array) -> Array:
+        return round_to_bfloat16(self.xp, x_MGF) if self.kv_dtype == "bfloat16" else x_MGF
 
-    def _write(self, ring_GSX: Array, start: int, x_GTX: Array) -> None:
-        size = ring_GSX.shape[1]
-        skipped = max(0, x_GTX.shape[1] - size)
-        x_GTX, at = x_GTX[:, skipped:], (start + skipped) % max(1, size)
-        straight = min(x_GTX.shape[1], size - at)
-        ring_GSX[:, at : at + straight] = x_GTX[:, :straight]
-        ring_GSX[:, : x_GTX.shape[1] - straight] = x_GTX[:, straight:]
+    def _write(self, ring_GSF: Array, start: int, x_GTF: Array) -> None:
+        size = ring_GSF.shape[1]
+        skipped = max(0, x_GTF.shape[1] - size)
+        x_GTF, at = x_GTF[:, skipped:], (start + skipped) % max(1, size)
+        straight = min(x_GTF.shape[1], size - at)
+        ring_GSF[:, at : at + straight] = x_GTF[:, :straight]
+        ring_GSF[:, : x_GTF.shape[1] - straight] = x_GTF[:, straight:]
 
     def _read(self, slot: int, start: int, stop: int) -> list[Array]:
         """Positions start..stop of one row, in order, from each stored array: [T, G, K] and [T, G, V]."""
@@ -235,12 +235,12 @@ class LayerCache:
         """For each row, the kept keys that its first new query sees, then the new ones, in storage made for this step."""
         firsts, counts = self._visible(rows)
         shape = len(counts), self.spec.heads, max(counts)
-        storage = tuple(self.xp.zeros((*shape, x_MGX.shape[2]), dtype=x_MGX.dtype) for x_MGX in new)
+        storage = tuple(self.xp.zeros((*shape, x_MGF.shape[2]), dtype=x_MGF.dtype) for x_MGF in new)
         for r, (slot, start, begin, end) in enumerate(rows):
             past = start - firsts[r]
-            for array, kept_TGX, x_MGX in zip(storage, self._read(slot, firsts[r], start), new, strict=True):
-                array[r, :, :past] = kept_TGX.transpose(1, 0, 2)
-                array[r, :, past : counts[r]] = x_MGX[begin:end].transpose(1, 0, 2)
+            for array, kept_TGF, x_MGF in zip(storage, self._read(slot, firsts[r], start), new, strict=True):
+                array[r, :, :past] = kept_TGF.transpose(1, 0, 2)
+                array[r, :, past : counts[r]] = x_MGF[begin:end].transpose(1, 0, 2)
         return self._seen(storage, tuple(range(len(counts))), counts, firsts, (0,) * len(counts))
 
     def _seen(
@@ -277,7 +277,7 @@ class LayerCache:
     def contents(self, slot: int, length: int) -> dict[str, Array]:
         """Copies of what is kept of a row's first tokens, in order: `k` [G, S, K] and `v` [G, S, V], in the storage type."""
         arrays = self._read(slot, length - self.spec.kept(length), length)
-        return {name: x_SGX.transpose(1, 0, 2).copy() for name, x_SGX in zip(self.spec.widths, arrays, strict=True)}
+        return {name: x_SGF.transpose(1, 0, 2).copy() for name, x_SGF in zip(self.spec.widths, arrays, strict=True)}
 
     def restore(self, slot: int, contents: Mapping[str, Array], length: int) -> None:
         """Fill an empty row with what `contents` gave."""

@@ -94,6 +94,9 @@ def read_header(path: Path) -> tuple[dict[str, Entry], int, int]:
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
+            if hasattr(os, "posix_fadvise"):
+                # The header and no more: the system would read on, into weights that nobody may want.
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             prefix = file.read(8)
             if len(prefix) < 8:
                 raise CheckpointError(f"{path}: {size} bytes is too short for a safetensors file; download it again")

@@ -7,15 +7,14 @@ folder to write to. What it wrote is checked by `checkpoint` before it is moved 
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -25,11 +24,11 @@ from npllm.arrays import Array
 from npllm.checkpoint import find_weights, read_header
 from npllm.config import read_json
 from npllm.errors import ArgumentError, CheckpointError, NpllmError
+from npllm.saving import SHARD_BYTES, Outgoing, copy_companions, move_into_place, workplace, write_tensors
 from npllm.torch_files import NUMPY, StoredTensor, one_line, read_torch_file
 
 log = logging.getLogger("npllm")
 
-SHARD_BYTES = 4_000_000_000
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -39,9 +38,6 @@ CHUNK = 1 << 22
 # Safetensors has no sharing, so tensors that share a storage are written once each. Beyond this factor it is an attack.
 MOST_SHARING = 4
 SHARING_SLACK = 1 << 26
-
-# What goes along with the weights: configuration, tokenizer, templates, licence; never code.
-COMPANIONS = (".json", ".jinja", ".model", ".txt", ".md")
 
 Progress = Callable[[int, int], None]
 
@@ -76,14 +72,17 @@ def convert(
     pickles = find_pickles(source)
     folder = pickles[0].parent
     _check_target(out, folder, overwrite)
-    with _workplace(out) as temporary:
+    with workplace(out) as temporary:
         request = {"pickles": [str(path.absolute()) for path in pickles], "out": str(temporary)}
         _run({**request, "dtype": dtype, "shard_bytes": shard_bytes}, progress)
         for weights in find_weights(temporary):
             read_header(weights)
         if out.resolve() != folder.resolve():
-            _copy_companions(folder, temporary)
-        _move_into_place(temporary, out)
+            copy_companions(folder, temporary)
+        made = move_into_place(temporary, out)
+        for stale in _results(out):
+            if stale.name not in made:
+                stale.unlink()
     return out
 
 
@@ -136,41 +135,6 @@ def _results(folder: Path) -> list[Path]:
     """The weights that a loader would find in `folder`, whatever made them."""
     patterns = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
     return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
-
-
-@contextmanager
-def _workplace(out: Path) -> Iterator[Path]:
-    """A hidden folder inside `out` that vanishes at the end, as does `out` itself if it is new and stays empty."""
-    new = not out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".convert-", dir=out.resolve()) as temporary:
-            yield Path(temporary)
-    except OSError as bad:
-        if isinstance(bad, NpllmError):
-            raise
-        raise CheckpointError(f"{out}: cannot be written ({bad.strerror})") from bad
-    finally:
-        if new:
-            with suppress(OSError):
-                out.rmdir()
-
-
-def _copy_companions(folder: Path, temporary: Path) -> None:
-    for path in sorted(folder.iterdir()):
-        wanted = path.suffix in COMPANIONS or path.name.startswith("LICENSE")
-        if wanted and not path.name.endswith(".index.json") and path.is_file():
-            shutil.copyfile(path, temporary / path.name)
-
-
-def _move_into_place(temporary: Path, out: Path) -> None:
-    """Rename the finished files, config.json last: only with it is a folder a model."""
-    made = {path.name for path in temporary.iterdir()}
-    for name in sorted(made, key=lambda name: (name == "config.json", not name.endswith(".safetensors"), name)):
-        os.replace(temporary / name, out / name)
-    for stale in _results(out):
-        if stale.name not in made:
-            stale.unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,20 +240,11 @@ def _convert(pickles: list[Path], out: Path, dtype: str | None, shard_bytes: int
             more = " ..." if len(left_out) > 8 else ""
             _tell("note", f"{path.name}: left out what is not a tensor of the model: {', '.join(left_out[:8])}{more}")
     _check_sharing(tensors, pickles)
-    plan = _plan(tensors, dtype, shard_bytes)
-    total = sum(_nbytes(tensor, dtype) for tensor in tensors.values())
-    free = shutil.disk_usage(out).free
-    if total > free:
-        raise CheckpointError(f"{out.parent}: {total} bytes are needed and {free} are free; choose another disk")
-    done = 0
-    for file, names in plan.items():
-        for size in _write(out / file, {name: tensors[name] for name in names}, dtype):
-            done += size
-            _tell("progress", [done, total])
-    if len(plan) > 1:
-        weight_map = {name: file for file, names in plan.items() for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    total, done = sum(_nbytes(tensor, dtype) for tensor in tensors.values()), 0
+    outgoing = {name: _outgoing(name, tensor, dtype) for name, tensor in tensors.items()}
+    for size in write_tensors(out, outgoing, shard_bytes, out.parent):
+        done += size
+        _tell("progress", [done, total])
 
 
 def _check_sharing(tensors: dict[str, StoredTensor], pickles: list[Path]) -> None:
@@ -308,42 +263,10 @@ def _nbytes(tensor: StoredTensor, dtype: str | None) -> int:
     return tensor.elements * np.dtype(NUMPY[_stored_as(tensor, dtype)]).itemsize
 
 
-def _plan(tensors: dict[str, StoredTensor], dtype: str | None, shard_bytes: int) -> dict[str, list[str]]:
-    """File name -> tensor names, in the checkpoint's order; a tensor larger than a shard gets one of its own."""
-    groups: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        nbytes = _nbytes(tensor, dtype)
-        if groups[-1] and size + nbytes > shard_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += nbytes
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{number:05}-of-{len(groups):05}.safetensors": names for number, names in enumerate(groups, 1)}
-
-
-def _write(path: Path, tensors: dict[str, StoredTensor], dtype: str | None) -> Iterator[int]:
-    """Write one safetensors file and yield the bytes of each part. The `safetensors` package would need all of the
-    file's tensors in memory; here one is enough. Wide types first, so that every tensor is aligned to its own size."""
-    order = sorted(tensors, key=lambda name: (-np.dtype(NUMPY[_stored_as(tensors[name], dtype)]).itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in order:
-        begin, end = end, end + _nbytes(tensors[name], dtype)
-        shape = list(tensors[name].shape)
-        header[name] = {"dtype": _stored_as(tensors[name], dtype), "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            for part in _parts(tensors[name], name, _stored_as(tensors[name], dtype)):
-                file.write(part.data)
-                yield part.nbytes
-        file.flush()
-        os.fsync(file.fileno())
+def _outgoing(name: str, tensor: StoredTensor, dtype: str | None) -> Outgoing:
+    target = _stored_as(tensor, dtype)
+    pieces = functools.partial(_parts, tensor, name, target)
+    return Outgoing(target, tensor.shape, np.dtype(NUMPY[target]).itemsize, pieces)
 
 
 def _parts(tensor: StoredTensor, name: str, target: str) -> Iterable[Array]:

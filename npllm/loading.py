@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from npllm import mistral_native
 from npllm.backend import Backend, get_backend
@@ -21,6 +22,9 @@ from npllm.sampling import Sampling
 from npllm.tokenizer import FILES, Tokenizer
 from npllm.weights import Spec, build_tree
 
+if TYPE_CHECKING:
+    from npllm.matformer import Slice
+
 log = logging.getLogger("npllm")
 
 
@@ -35,6 +39,7 @@ def load(
     revision: str | None = None,
     max_context: int | None = None,
     strict: bool = False,
+    matformer: str | Mapping[str, Any] | Slice | None = None,
 ) -> LLM:
     """Load a model: a local folder, a hub id, or (None) the small model that ships with npllm.
 
@@ -47,6 +52,7 @@ def load(
     revision     branch, tag or commit on the hub.
     max_context  at most so many tokens per row; never more than the model was trained for.
     strict       an operation that a backend declines is an error.
+    matformer    of a Gemma 3n, only a part (npllm.matformer.choose): "e2b", or such as {"drop": [20, 21], "ffn": 8192}.
 
     ConfigError, CheckpointError, TokenizerError, HubError, MemoryLimitError, BackendError say in one line what is wrong.
     """
@@ -57,10 +63,14 @@ def load(
     described = read_config(folder)
     tokenizer = _read_tokenizer(folder, described.config.vocab_size)
     defaults = read_defaults(folder, described)
-    spec = described.architecture.weight_spec(described.config)
     checkpoint = Checkpoint(folder, described.block)
-    handles = _match(spec, checkpoint, described)
+    handles = match_model(described, checkpoint)
     name = "npllm-shipped" if source is None else str(source)
+    if matformer is not None:
+        from npllm.matformer import sliced_model
+
+        described, handles = sliced_model(described, handles, matformer, name)
+    spec = described.architecture.weight_spec(described.config)
     on_disk = weights == "disk" or not check_memory(be, handles.values(), name, demanded=weights == "memory")
     if on_disk:
         checkpoint.read_exactly()
@@ -111,7 +121,9 @@ def _existing(source: str | Path) -> Path | None:
         return None
 
 
-def _match(spec: Spec, checkpoint: Checkpoint, described: Described) -> dict[str, Handle]:
+def match_model(described: Described, checkpoint: Checkpoint) -> dict[str, Handle]:
+    """The handles of a model's tensors, by its own names (npllm.matching.match)."""
+    spec = described.architecture.weight_spec(described.config)
     rename = mistral_native.own_name if checkpoint.native else own_name
     buffers, renamed = (getattr(described.architecture, name, None) for name in ("BUFFERS", "RENAMED"))
     return match(spec, checkpoint, buffers, getattr(described.config, "skipped", None), rename=rename, renamed=renamed)

@@ -16,8 +16,9 @@ def gibibytes(size: float) -> str:
 
 
 def available_memory() -> int:
-    """Bytes that a new allocation can use without swapping: the system's estimate, within the control group's limit."""
-    limits = [_meminfo("MemAvailable"), _control_group()]
+    """Bytes that a new allocation can use without swapping: the system's estimate, within the limits of the control group
+    and of the process (ulimit -d, ulimit -v)."""
+    limits = [_meminfo("MemAvailable"), _control_group(), *_process_limits()]
     known = [limit for limit in limits if limit is not None]
     return min(known) if known else sys.maxsize
 
@@ -28,15 +29,34 @@ def total_memory() -> int | None:
 
 
 def _meminfo(key: str) -> int | None:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith(key + ":"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    if (size := _kibibytes(Path("/proc/meminfo"), key)) is not None:
+        return size
     with contextlib.suppress(AttributeError, ValueError, OSError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
+
+
+def _kibibytes(path: Path, key: str) -> int | None:
+    """The entry `key: 123 kB` of one of the system's tables, in bytes."""
+    with contextlib.suppress(OSError):
+        for line in path.read_text().splitlines():
+            if line.startswith(key + ":"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _process_limits() -> list[int]:
+    """What each limit that is set on this process leaves."""
+    try:
+        import resource
+    except ImportError:
+        return []
+    left = []
+    for limit, key in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
+        most, used = resource.getrlimit(limit)[0], _kibibytes(Path("/proc/self/status"), key)
+        if most != resource.RLIM_INFINITY and used is not None:
+            left.append(max(0, most - used))
+    return left
 
 
 def _control_group() -> int | None:

@@ -134,7 +134,18 @@ class NumpyBackend(Backend):
         out_MCD = np.empty((*index_MC.shape, x_MD.shape[1]), x_MD.dtype)
         pieces = self.moe_pieces(x_MD, w, index_MC, weight_MC, out_MCD, act, weigh)
         parallel.each(lambda piece: piece(), pieces, self.parts)
-        return self._rowwise(lambda each_MCD: each_MCD.sum(axis=1), out_MCD)
+        y_MD = np.empty_like(x_MD)
+        parallel.each(
+            lambda part: np.sum(out_MCD[part], axis=1, out=y_MD[part]), parallel.split(len(y_MD), self.parts), self.parts
+        )
+        return y_MD
+
+    def expert(self, x_TD: Array, gate_FD: Array, up_FD: Array, down_DF: Array, act: str) -> Array:
+        # Few tokens against a whole matrix: BLAS is faster by a third where it need not transpose the matrix.
+        x_DT = np.ascontiguousarray(x_TD.T)
+        hidden_FT = blocks.ACTIVATIONS[act](np, gate_FD @ x_DT)
+        hidden_FT *= up_FD @ x_DT
+        return (down_DF @ hidden_FT).T
 
     def _features(self, x_MD: Array, w: Linear, part: slice, out: Array) -> None:
         """The features in `part` of `x W^T + b`, into `out`."""

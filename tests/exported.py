@@ -69,7 +69,8 @@ def lookup(file: str, case: str, dtype: str) -> tuple[Parameters, Tensors, str]:
 
 def config_of(given: Parameters) -> Any:
     """What the model file of a case's architecture reads from the case's config fields."""
-    others = {"model_type": given["model"], "num_key_value_heads": given["num_attention_heads"], "num_experts_per_tok": 1}
+    heads = given["num_attention_heads"]
+    others = {"model_type": given["model"], "num_key_value_heads": heads, "head_dim": 8, "num_experts_per_tok": 1}
     return interpret(others | given, warn=lambda *_: None).config
 
 

@@ -153,7 +153,7 @@ def qwen2_moe(draw: st.DrawFn) -> dict[str, Any]:
 
 @st.composite
 def mixtral(draw: st.DrawFn) -> dict[str, Any]:
-    return draw(mixture()) | {"sliding_window": draw(st.none() | st.integers(1, 12))}
+    return draw(mixture()) | {"sliding_window": draw(st.none() | st.integers(1, 12)), "rope_interleave": draw(st.booleans())}
 
 
 @st.composite
@@ -258,8 +258,10 @@ def latent(draw: st.DrawFn) -> dict[str, Any]:
 def deepseek_v3(draw: st.DrawFn) -> dict[str, Any]:
     flags = {"rope_interleave": draw(st.booleans()), "norm_topk_prob": draw(st.booleans())}
     fields = draw(latent()) | flags | {"moe_layer_freq": draw(st.integers(1, 2))}
-    temperature = {"mscale": draw(st.sampled_from([0.707, 1.0])), "mscale_all_dim": draw(st.sampled_from([0, 0.707, 1.0]))}
-    return fields | {"rope_parameters": fields["rope_parameters"] | draw(st.sampled_from([{}, temperature]))}
+    rope = fields["rope_parameters"]
+    if rope["rope_type"] != "default" and draw(st.booleans()):
+        rope |= {"mscale": draw(st.sampled_from([0.707, 1.0])), "mscale_all_dim": draw(st.sampled_from([0, 0.707, 1.0]))}
+    return fields
 
 
 @st.composite
@@ -272,8 +274,10 @@ def deepseek_v2(draw: st.DrawFn) -> dict[str, Any]:
 def mistral4(draw: st.DrawFn) -> dict[str, Any]:
     """The context is many times the one that the query temperature counts in."""
     fields = {key: value for key, value in draw(deepseek_v3()).items() if key != "moe_layer_freq"}
-    temperature = {"llama_4_scaling_beta": draw(st.sampled_from([0.0, 0.5])), "original_max_position_embeddings": 7}
-    return fields | {"rope_parameters": fields["rope_parameters"] | temperature}
+    rope = fields["rope_parameters"] | {"llama_4_scaling_beta": draw(st.sampled_from([0.0, 0.5]))}
+    if rope["rope_type"] != "default":
+        rope |= {"original_max_position_embeddings": 7}
+    return fields | {"rope_parameters": rope}
 
 
 # One strategy per model_type; a house test demands that the registry has no other.

@@ -174,8 +174,9 @@ def test_model_type_is_asked_for_in_the_registry_only(path: Path) -> None:
 
 # -- blocks compute with `xp` -----------------------------------------------------------------------------------------
 
-# Constants of the host, in NumPy on purpose: a few numbers per head, once per step; the coefficients of a fit, once.
-HOST_SIDE = {"rope.py": {"frequencies", "_llama3", "_yarn"}, "ffn.py": {"_log_tail"}}
+# The host's part, in NumPy on purpose: a few numbers per head, once per step; the coefficients of a fit, once; which tokens
+# go to which expert.
+HOST_SIDE = {"rope.py": {"frequencies", "_llama3", "_yarn"}, "ffn.py": {"_log_tail"}, "moe.py": {"by_expert"}}
 
 # Attributes of `np` that are types or numbers.
 CONSTANTS = {"inf", "nan", "pi", "newaxis", "float16", "float32", "float64", "int32", "int64", "bool_"}

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from npllm import LLM, Backend, blocks
+from npllm.blocks import chunked, sliding
 from npllm.blocks.attention import softmax
-from npllm.cache import FIRST_CAPACITY, KV_BYTES, Cache, Keys, LayerSpec, capacity
+from npllm.cache import FIRST_CAPACITY, KV_BYTES, Cache, Keys, LayerSpec, cache_bytes, capacity
 from npllm.errors import ArgumentError
 from npllm.models import interpret
 from npllm.numpy_backend import NumpyBackend
@@ -74,7 +75,7 @@ def test_bfloat16_cache_rounds_keys_and_values_and_nothing_else(architecture: st
     tokens_T = np.arange(20) % described.config.vocab_size
     with exact.trace() as trace:
         for i in range(len(exact.new_cache().layers)):
-            for name in "kv":
+            for name in ("k", "v", "latent"):
                 trace.patch(f"layers.{i}.attention.{name}", as_bfloat16)
         want_BTN = exact.forward(tokens_T)
     agree(rounded.forward(tokens_T), want_BTN, f64)
@@ -295,6 +296,12 @@ def test_reach_holds_every_visible_key(mask: blocks.Mask, first: int, length: in
 # -- the cache --------------------------------------------------------------------------------------------------------
 
 SPECS = [LayerSpec(1, 2, 3), LayerSpec(2, 1, 1)]
+RINGS = [
+    LayerSpec(2, 1, 2, sliding(5)),
+    LayerSpec(1, 2, 1, chunked(7)),
+    LayerSpec(1, 3, 0, latent=2),
+    LayerSpec(1, 1, 1, sliding(300)),
+]
 MOST_TOKENS = 700
 
 
@@ -310,11 +317,11 @@ def test_growth_rule(length: int, room: int) -> None:
 class CacheMachine(RuleBasedStateMachine):
     """A cache against lists of what each row was given."""
 
-    kv_dtype = "float32"
+    kv_dtype, specs = "float32", SPECS
 
     @initialize(seed=our.seeds)
     def begin(self, seed: int) -> None:
-        self.cache = Cache(np, SPECS, "float32", MOST_TOKENS, self.kv_dtype)
+        self.cache = Cache(np, self.specs, "float32", MOST_TOKENS, self.kv_dtype)
         self.dice = np.random.default_rng(seed)
         self.rows: dict[int, list[Array]] = {}
 
@@ -325,11 +332,10 @@ class CacheMachine(RuleBasedStateMachine):
     def add(self) -> None:
         slot = self.cache.add()
         assert slot not in self.rows
-        self.rows[slot] = [self.tokens(0, layer) for layer in range(len(SPECS))]
+        self.rows[slot] = [self.tokens(0, spec) for spec in self.specs]
 
-    def tokens(self, count: int, layer: int) -> Array:
+    def tokens(self, count: int, spec: LayerSpec) -> Array:
         """Keys and values side by side, [count, G * (K + V)], in numbers that bfloat16 holds."""
-        spec = SPECS[layer]
         return self.dice.integers(-128, 128, (count, spec.heads * (spec.key_dim + spec.value_dim))).astype(np.float32)
 
     @precondition(lambda self: self.rows)
@@ -344,12 +350,18 @@ class CacheMachine(RuleBasedStateMachine):
     def truncate(self, data: st.DataObject) -> None:
         slot = self.draw_slot(data)
         held = len(self.rows[slot][0])
-        length = data.draw(st.integers(0, held))
-        self.cache.truncate(slot, length)
-        self.rows[slot] = [layer[:length] for layer in self.rows[slot]]
+        length = self.cut(slot, data.draw(st.integers(0, held)))
         for wrong in (-1, length + 1):
             with pytest.raises(ArgumentError, match="cannot truncate"):
                 self.cache.truncate(slot, wrong)
+
+    def cut(self, slot: int, length: int) -> int:
+        """Truncate the row; a ring that has moved on cannot go back, and then all is forgotten."""
+        moved_on = any(layer.reached[slot] > layer.spec.kept(MOST_TOKENS) for layer in self.cache.layers)
+        kept = self.cache.truncate(slot, length)
+        assert kept == length or (kept == 0 and moved_on)
+        self.rows[slot] = [layer[:kept] for layer in self.rows[slot]]
+        return kept
 
     @precondition(lambda self: self.rows)
     @rule(data=st.data())
@@ -371,7 +383,7 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.rows)
     @rule(data=st.data(), done=st.booleans())
     def bring_tokens(self, data: st.DataObject, done: bool) -> None:
-        """A step over some rows, in any order; a step that fails before its end leaves the rows as they were."""
+        """A step over some rows, in any order; one that fails leaves the rows of full caches as they were."""
         slots = data.draw(st.lists(st.sampled_from(sorted(self.rows)), unique=True, min_size=1), label="slots")
         counts = [data.draw(st.sampled_from([0, 1, 2, 5, 100]), label="count") for _ in slots]
         lengths = [len(self.rows[slot][0]) for slot in slots]
@@ -383,22 +395,27 @@ class CacheMachine(RuleBasedStateMachine):
         wanted = [length + i for length, count in zip(lengths, counts, strict=True) for i in range(count)]
         assert rows.positions_M.tolist() == wanted
         longer = {slot: list(self.rows[slot]) for slot in slots}
-        for layer, spec in enumerate(SPECS):
-            new = self.tokens(sum(counts), layer)
-            keys = self.cache.layers[layer].append(*split(new, spec), rows)
+        for layer, spec in enumerate(self.specs):
+            new = self.tokens(sum(counts), spec)
+            k_MGK, v_MGV = split(new, spec)
+            keys = self.cache.layers[layer].append(k_MGK, None if spec.latent else v_MGV, rows)
             for slot, piece in zip(slots, np.split(new, np.cumsum(counts)[:-1]), strict=True):
                 longer[slot][layer] = np.concatenate([longer[slot][layer], piece])
-            self.compare(keys, [longer[slot][layer] for slot in slots], spec)
+            self.compare(keys, [longer[slot][layer] for slot in slots], spec, lengths)
         if done:
             self.cache.advance(rows)
             self.rows |= longer
+        else:
+            for slot in slots:
+                self.cut(slot, len(self.rows[slot][0]))
 
     @staticmethod
-    def compare(keys: Keys, wanted: list[Array], spec: LayerSpec) -> None:
-        for r, tokens in enumerate(wanted):
+    def compare(keys: Keys, wanted: list[Array], spec: LayerSpec, starts: list[int]) -> None:
+        """All keys that the row's new tokens can see, and none before."""
+        for r, (tokens, start) in enumerate(zip(wanted, starts, strict=True)):
             k_SGK, v_SGV, first = keys.row(r)
-            assert first == 0
-            for got, want in zip((k_SGK, v_SGV), split(tokens, spec), strict=True):
+            assert first == min(start, spec.mask.reach(start, start)[0])
+            for got, want in zip((k_SGK, v_SGV), split(tokens[first:], spec), strict=True):
                 np.testing.assert_array_equal(got, want, strict=True)
 
     @precondition(lambda self: hasattr(self, "cache"))
@@ -406,15 +423,20 @@ class CacheMachine(RuleBasedStateMachine):
     def lengths_and_bytes_are_as_predicted(self) -> None:
         cache = self.cache
         assert {slot: cache.lengths[slot] for slot in self.rows} == {slot: len(row[0]) for slot, row in self.rows.items()}
-        per_token = sum(spec.heads * (spec.key_dim + spec.value_dim) for spec in SPECS) * KV_BYTES[self.kv_dtype]
-        assert cache.bytes_per_token == per_token
-        assert cache.nbytes == per_token * len(cache.lengths) * cache.size
+        per_token = [spec.heads * (spec.key_dim + spec.value_dim) * KV_BYTES[self.kv_dtype] for spec in self.specs]
+        assert cache.bytes_per_token == sum(per_token)
+        kept = [min(cache.size, spec.mask.window or spec.mask.chunk or cache.size) for spec in self.specs]
+        assert cache.nbytes == len(cache.lengths) * sum(np.multiply(per_token, kept))
+        assert cache.nbytes == cache_bytes(self.specs, self.kv_dtype, cache.size, MOST_TOKENS, len(cache.lengths))
         assert cache.size in (0, *(capacity(length, MOST_TOKENS) for length in (1, 257, 513)))
         assert cache.size >= max(cache.lengths, default=0)
 
 
 def split(tokens: Array, spec: LayerSpec) -> tuple[Array, Array]:
     """k [M, G, K] and v [M, G, V] of what `CacheMachine.tokens` draws."""
+    if spec.latent:
+        keys = tokens.reshape(-1, spec.heads, spec.key_dim)
+        return keys, keys[..., : spec.latent]
     keys, values = np.split(tokens, [spec.heads * spec.key_dim], axis=1)
     return keys.reshape(-1, spec.heads, spec.key_dim), values.reshape(-1, spec.heads, spec.value_dim)
 
@@ -425,8 +447,22 @@ class HalfCacheMachine(CacheMachine):
     kv_dtype = "bfloat16"
 
 
+class RingCacheMachine(CacheMachine):
+    """The same with rings, of windows and chunks shorter and longer than the first allocation, and latents."""
+
+    specs = RINGS
+
+
+class HalfRingCacheMachine(RingCacheMachine):
+    """The same with keys and values in bfloat16."""
+
+    kv_dtype = "bfloat16"
+
+
 TestCache, TestHalfCache = CacheMachine.TestCase, HalfCacheMachine.TestCase
-TestCache.settings = TestHalfCache.settings = settings(max_examples=15, stateful_step_count=25)
+TestRingCache, TestHalfRingCache = RingCacheMachine.TestCase, HalfRingCacheMachine.TestCase
+for case in (TestCache, TestHalfCache, TestRingCache, TestHalfRingCache):
+    case.settings = settings(max_examples=15, stateful_step_count=25)
 
 
 @given(counts=st.lists(st.integers(0, 3), min_size=1, max_size=5), data=st.data())

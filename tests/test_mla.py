@@ -44,8 +44,8 @@ def test_absorbed_is_expanded(data: st.DataObject, nope: int) -> None:
     """For any widths: queries in the latent space over latents, against queries over keys and values made of these."""
     (c_SGL, rope_SGJ), H = data.draw(our.arrays("c_SGV", "rope_SGJ", G=1)), data.draw(st.integers(1, 4))
     L, J = c_SGL.shape[2], rope_SGJ.shape[2]
-    (up_HFL,) = data.draw(our.arrays("up_HFV", H=H, F=nope + 3, V=L))
-    (q_THK,) = data.draw(our.arrays("q_THK", H=H, K=nope + J))
+    (up_HFL,) = data.draw(our.arrays("up_HFV", G=H, R=1, F=nope + 3, V=L))
+    (q_THK,) = data.draw(our.arrays("q_THK", G=H, R=1, K=nope + J))
     allowed_TS = blocks.CAUSAL.allowed(np, np.arange(len(q_THK)), np.arange(len(c_SGL)))
     k_SHK, v_SHV = blocks.expand(np, np.einsum("sgl,hfl->shf", c_SGL, up_HFL), rope_SGJ, nope)
     want = blocks.softmax_attention(np, q_THK, k_SHK, v_SHV, allowed_TS, scale=0.5)

@@ -4,9 +4,13 @@ The numbers are those of the list of pitfalls that the project keeps. A test pla
 reference outputs tell it apart, or shows a number that only the right reading gives.
 """
 
+import functools
+import itertools
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -16,18 +20,19 @@ from safetensors.numpy import load_file, save_file
 import npllm
 from npllm import blocks
 from npllm.backend import Backend
-from npllm.blocks import CAUSAL, Rope, frequencies, sliding
+from npllm.blocks import CAUSAL, Rope, Router, frequencies, sliding
+from npllm.blocks.moe import eligible
 from npllm.cache import round_to_bfloat16, widen_bfloat16
 from npllm.checkpoint import find_weights
 from npllm.errors import CheckpointError
 from npllm.handles import Weight
-from npllm.models import interpret
+from npllm.models import gemma3n, interpret
 from npllm.quantised import scaled
 from npllm.weights import count_parameters
 from tests import fp8
 from tests.compare import LIMITS, Array, norm
 from tests.export import TRUTH
-from tests.models import ABSENT
+from tests.models import ABSENT, make_checkpoint
 from tests.native import interleaved_rows, make_native
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
@@ -66,6 +71,33 @@ def case(tmp_path: Path) -> Callable[[str], Case]:
     return lambda name: Case(tmp_path, name)
 
 
+def test_pitfall_08_yarns_squared_factor_is_v3s_and_not_mistral_large_3s(case: Callable[[str], Case]) -> None:
+    published = {"factor": 40, "original_max_position_embeddings": 4096, "type": "yarn"}
+    for model, mscale, scale in (("deepseek_v3", 1.0, 0.1352338), ("deepseek_v2", 0.707, 0.1147214)):
+        rope = {"rope_scaling": published | {"mscale": mscale, "mscale_all_dim": mscale}}
+        assert interpret({"model_type": model, "num_experts_per_tok": 6} | rope).config.scale == pytest.approx(
+            scale, rel=1e-6
+        )
+    v3 = case("deepseek-v3")
+    rope = v3.config["rope_parameters"]
+    assert v3.error() < RIGHT
+    assert v3.error(rope_parameters=rope | {"mscale_all_dim": 0, "attention_factor": 1.0}) > WRONG
+    large = case("mistral4-large")
+    rope = large.config["rope_parameters"]
+    assert large.error() < RIGHT
+    assert large.error(rope_parameters=rope | {"mscale": 1.0, "mscale_all_dim": 1.0}) > WRONG
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v3-halves-bf16", "mistral4", "mistral4-groups"])
+def test_pitfall_09_latent_attention_turns_the_pairs_that_the_config_says(case: Callable[[str], Case], name: str) -> None:
+    """At position 0 nothing turns, and the mistake does not show."""
+    right = case(name)
+    assert right.error() < RIGHT
+    assert right.error(rope_interleave=not right.config["rope_interleave"]) > WRONG
+    right.config["rope_interleave"] ^= True
+    np.testing.assert_allclose(right.logits()[:, 0], right.truth["logits"][:, 0], rtol=1e-4, atol=1e-4)
+
+
 def test_pitfall_09_interleaved_and_half_split_pairs_are_told_apart(case: Callable[[str], Case]) -> None:
     mistral = case("mistral")
     names = [name for name in mistral.tensors if "q_proj" in name or "k_proj" in name]
@@ -73,6 +105,96 @@ def test_pitfall_09_interleaved_and_half_split_pairs_are_told_apart(case: Callab
     assert mistral.error(rope_interleave=True) < RIGHT
     assert mistral.error() > WRONG
     np.testing.assert_allclose(mistral.logits()[:, 0], mistral.truth["logits"][:, 0], rtol=1e-4, atol=1e-4)
+
+
+class Routing(Backend):
+    """Plants a mistake in the choice of experts: `mistake` takes the place of blocks.route."""
+
+    def __init__(self, mistake: Callable[[Array, Array, Router], tuple[Array, Array]]) -> None:
+        super().__init__()
+        self.mistake = mistake
+
+    def route(self, h_MD: Array, w: Any, /, router: Router) -> tuple[Array, Array]:
+        correction = 0.0 if w.correction is None else w.correction.weight
+        return self.mistake(self.linear(h_MD, w.gate), correction, router)
+
+
+def biased_weights(logits_ME: Array, correction_E: Array, router: Router) -> tuple[Array, Array]:
+    """The correction in the weights too."""
+    index_MC, _ = blocks.route(np, logits_ME, router, correction_E)
+    weight_MC = np.take_along_axis(blocks.sigmoid(np, logits_ME) + correction_E, index_MC, axis=-1)
+    return index_MC, weight_MC / weight_MC.sum(axis=-1, keepdims=True) * router.scale
+
+
+def unbiased_choice(logits_ME: Array, _: Array, router: Router) -> tuple[Array, Array]:
+    return blocks.route(np, logits_ME, router)
+
+
+def normalised_before(logits_ME: Array, correction_E: Array, router: Router) -> tuple[Array, Array]:
+    """The sum of all scores in the place of the sum of the chosen ones."""
+    index_MC, weight_MC = blocks.route(np, logits_ME, router._replace(normalise=False), correction_E)
+    return index_MC, weight_MC / blocks.sigmoid(np, logits_ME).sum(axis=-1, keepdims=True)
+
+
+def zero_outside(logits_ME: Array, correction_E: Array, router: Router) -> tuple[Array, Array]:
+    """Experts of the other groups with the score 0, which beats a negative one, instead of -inf."""
+    ranks_ME = eligible(np, blocks.sigmoid(np, logits_ME) + correction_E, router)
+    index_MC = blocks.top_k(np, np.where(np.isinf(ranks_ME), 0.0, ranks_ME), router.experts_per_token)
+    weight_MC = np.take_along_axis(blocks.sigmoid(np, logits_ME), index_MC, axis=-1)
+    return index_MC, weight_MC / weight_MC.sum(axis=-1, keepdims=True) * router.scale
+
+
+@pytest.mark.parametrize("mistake", [biased_weights, unbiased_choice, normalised_before])
+def test_pitfall_10_the_correction_chooses_and_does_not_weigh(case: Callable[[str], Case], mistake: Any) -> None:
+    v3 = case("deepseek-v3")
+    assert v3.error(Backend()) < RIGHT
+    assert v3.error(Routing(mistake)) > WRONG
+
+
+def test_pitfall_10_no_expert_of_another_group_is_chosen(case: Callable[[str], Case]) -> None:
+    """Where all scores of the kept groups are negative."""
+    v3 = case("deepseek-v3")
+    v3.tensors |= {name: values - 2 for name, values in v3.tensors.items() if "correction" in name}
+    assert v3.error(Backend()) < RIGHT
+    assert v3.error(Routing(zero_outside)) > WRONG
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v2", "mistral4-groups"])
+def test_pitfall_11_groups_are_ranked_by_their_best_or_their_two_best(case: Callable[[str], Case], name: str) -> None:
+    def other(logits_ME: Array, correction_E: Array, router: Router) -> tuple[Array, Array]:
+        ranking = "pair" if router.ranking == "max" else "max"
+        return blocks.route(np, logits_ME, router._replace(ranking=ranking), correction_E)
+
+    right = case(name)
+    assert right.error(Backend()) < RIGHT
+    assert right.error(Routing(other)) > WRONG
+
+
+def test_pitfall_12_the_router_is_no_gate_projection(tmp_path: Path) -> None:
+    """Where all of them have the same shape, so that no shape tells: 14 experts, each 14 wide, one shared, FFNs 14 wide."""
+    sizes = {"n_routed_experts": 14, "n_group": 1, "moe_intermediate_size": 14, "intermediate_size": 14}
+    folder = make_checkpoint(tmp_path, "deepseek_v3", with_tokenizer=False, **sizes)
+    stored = load_file(folder / "model.safetensors")
+    dense, sparse = (layer.mlp for layer in npllm.load(folder, backend="numpy", dtype="float32").model.weights.layers)
+    for prepared, name in (
+        (sparse.router.gate.weight, "layers.1.mlp.gate.weight"),
+        (sparse.router.correction.weight, "layers.1.mlp.gate.e_score_correction_bias"),
+        (sparse.shared_experts.gate_proj.weight, "layers.1.mlp.shared_experts.gate_proj.weight"),
+        (sparse.experts.gate_proj.weight[3], "layers.1.mlp.experts.3.gate_proj.weight"),
+        (dense.gate_proj.weight, "layers.0.mlp.gate_proj.weight"),
+    ):
+        np.testing.assert_array_equal(prepared, stored[f"model.{name}"])
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v2", "mistral4"])
+def test_pitfall_13_head_dim_of_new_deepseek_files_is_not_attentions(case: Callable[[str], Case], name: str) -> None:
+    """It is the width that turns, 8 here (Mistral's is a query's, 18); older files have none."""
+    right = case(name)
+    assert right.config["head_dim"] == (18 if name == "mistral4" else 8)
+    described = [interpret(right.config | {"head_dim": value}).config for value in (right.config["head_dim"], None, 64)]
+    assert described[0] == described[1] == described[2]
+    assert (described[0].head_dim, described[0].rope.dim) == (18, 8)
+    assert right.error(head_dim=ABSENT, qk_head_dim=ABSENT) < RIGHT
 
 
 def fp8_error(folder: Path, name: str, change: Callable[[fp8.Stored], fp8.Stored]) -> float:
@@ -111,6 +233,35 @@ def test_pitfall_15_scales_multiply_though_they_are_called_inverse(tmp_path: Pat
         return {name: (dtype, 1 / factors) for name, (dtype, factors) in scales(tensors).items()}
 
     assert fp8_error(tmp_path, "llama3-fp8", inverted) > WRONG
+
+
+def test_pitfall_16_the_layer_that_predicts_further_tokens_is_no_layer(case: Callable[[str], Case]) -> None:
+    v3 = case("deepseek-v3")
+    last = {name: values for name, values in v3.tensors.items() if "layers.2." in name}
+    v3.tensors |= {name.replace("layers.2.", "layers.3."): values for name, values in last.items()}
+    v3.tensors["model.layers.3.eh_proj.weight"] = np.ones((28, 56), np.float32)
+    assert v3.error() < RIGHT
+    del v3.tensors["model.layers.3.eh_proj.weight"]
+    assert v3.error(num_hidden_layers=4) > WRONG
+
+
+class NormedWhole(Backend):
+    """Plants a mistake in latent attention: the norm of the latent vector takes the key that turns along."""
+
+    def latent_project(self, h_MD: Array, w: Any, angles: Any, /, eps: float, *, interleaved: bool = True) -> Array:
+        gain_L = w.kv_a_layernorm.weight
+        down_MF = self.linear(h_MD, w.kv_a_proj_with_mqa)
+        gain_F = np.concatenate([gain_L, np.ones(down_MF.shape[1] - len(gain_L), np.float32)])
+        normed_MGF = blocks.rms_norm(np, down_MF, gain_F, eps)[:, None]
+        key_MGK = self.rope(normed_MGF[..., len(gain_L) :], angles, interleaved=interleaved)
+        return np.concatenate([normed_MGF[..., : len(gain_L)], key_MGK], axis=-1)
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v2", "mistral4"])
+def test_pitfall_17_the_latent_vector_is_normed_and_the_key_beside_it_is_not(case: Callable[[str], Case], name: str) -> None:
+    right = case(name)
+    assert right.error(Backend()) < RIGHT
+    assert right.error(NormedWhole()) > WRONG
 
 
 class WeighedOutput(Backend):
@@ -330,6 +481,102 @@ def test_pitfall_34_eps_is_the_files_and_not_the_class_default(case: Callable[[s
     assert interpret(olmo2.config | {"rms_norm_eps": None}).config.rms_norm_eps == 1e-5
     assert interpret({"model_type": "llama"}).config.rms_norm_eps == 1e-6
     assert interpret({"model_type": "llama", "rms_norm_eps": 1e-5}).config.rms_norm_eps == 1e-5
+
+
+def test_pitfall_36_layers_that_share_keys_do_not_project_their_own(
+    case: Callable[[str], Case], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Published files hold projections of such layers, zeros perhaps: one line says that they are skipped."""
+    small = case("gemma3n")
+    for i, name in itertools.product((2, 3, 4), ("k_proj", "v_proj", "k_norm")):
+        own = small.tensors[f"model.layers.1.self_attn.{name}.weight"]
+        small.tensors[f"model.layers.{i}.self_attn.{name}.weight"] = own if "norm" in name else 0 * own
+    with caplog.at_level(logging.WARNING, "npllm"):
+        assert small.error() < RIGHT
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "skipped" in line
+    assert "(9)" in line
+    assert small.error(num_kv_shared_layers=0) > WRONG
+
+
+def masked_topk(right: Any, xp: Any, gate_F: Array, sparsity: float) -> Array:
+    return gate_F * (right(xp, gate_F, sparsity) > 0)
+
+
+def sample_topk(right: Any, xp: Any, gate_F: Array, sparsity: float) -> Array:
+    cut_F1 = np.mean(gate_F, -1, keepdims=True) + NormalDist().inv_cdf(sparsity) * np.std(gate_F, -1, ddof=1, keepdims=True)
+    return np.maximum(gate_F - cut_F1, np.float32(0))
+
+
+@pytest.mark.parametrize("mistake", [masked_topk, sample_topk])
+def test_pitfall_37_sparse_gates_are_shifted_by_mean_and_population_deviation(
+    case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch, mistake: Any
+) -> None:
+    monkeypatch.setattr(blocks, "gaussian_topk", functools.partial(mistake, blocks.gaussian_topk))
+    assert case("gemma3n").error() > WRONG
+
+
+def added_everywhere(right: Any, be: Any, c: Any, w: Any, x_MAD: Array, input_MP: Array) -> Array:
+    out_MAD = right(be, c, w, x_MAD, input_MP)
+    added_MD = out_MAD[:, 1] - x_MAD[:, 1]
+    return x_MAD + added_MD[:, None]
+
+
+def overwritten(right: Any, be: Any, c: Any, w: Any, x_MAD: Array, input_MP: Array) -> Array:
+    out_MAD = right(be, c, w, x_MAD, input_MP)
+    out_MAD[:, 0] *= w.altup.correct_output_scale.weight
+    return out_MAD
+
+
+@pytest.mark.parametrize("mistake", [added_everywhere, overwritten])
+def test_pitfall_38_the_layers_input_leaves_the_first_stream_alone(
+    case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch, mistake: Any
+) -> None:
+    monkeypatch.setattr(gemma3n, "add_input", functools.partial(mistake, gemma3n.add_input))
+    assert case("gemma3n").error() > WRONG
+
+
+def test_pitfall_39_altups_coefficients_are_target_by_source(
+    case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each stream n takes C[n, j] of stream j; by hand, then planted."""
+    x_MAD, mixing_MAA = np.array([[[1.0], [10.0]]]), np.array([[[0.0, 2.0], [0.0, 0.0]]])
+    np.testing.assert_array_equal(blocks.altup_predict(np, x_MAD, mixing_MAA), [[[21.0], [10.0]]])
+    right = blocks.altup_predict
+    monkeypatch.setattr(blocks, "altup_predict", lambda xp, x_MAD, c_MAA: right(xp, x_MAD, c_MAA.transpose(0, 2, 1)))
+    assert case("gemma3n").error() > WRONG
+
+
+def test_pitfall_40_laurels_residual_is_the_normed_input_and_the_sum_is_scaled(case: Callable[[str], Case]) -> None:
+    small = case("gemma3n")
+    want, layer = small.truth["logits"], "layers.0."
+    assert small.error() < RIGHT
+    llm = npllm.load(small.folder, backend="numpy", dtype="float32")
+
+    def residual_not_normed(laurel_MD: Array) -> Array:
+        a_MD = recorded[layer + "altup.predicted"][:, 0]
+        return laurel_MD - llm.backend.rms_norm(a_MD, llm.model.weights.layers[0].input_layernorm, 1e-6) + a_MD
+
+    mistakes = {"laurel.output": residual_not_normed, "attention.output": lambda x_MD: x_MD * np.sqrt(np.float32(2))}
+    for name, mistake in mistakes.items():
+        with llm.trace() as recorded:
+            recorded.patch(layer + name, mistake)
+            assert norm(llm.forward(small.truth["tokens"]) - want) / norm(want) > WRONG
+
+
+def test_pitfall_41_tokens_beyond_the_per_layer_table_take_its_first_row(
+    case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = case("gemma3n")
+    assert small.truth["tokens"].max() >= len(small.tensors["model.embed_tokens_per_layer.weight"])
+    assert small.error() < RIGHT
+    right = gemma3n.per_layer_inputs
+
+    def last_row(be: Any, c: Any, w: Any, tokens_M: Array, x_MD: Array) -> Array:
+        return right(be, c, w, np.minimum(tokens_M, c.vocab_size_per_layer_input - 1), x_MD)
+
+    monkeypatch.setattr(gemma3n, "per_layer_inputs", last_row)
+    assert small.error() > WRONG
 
 
 def test_pitfall_43_a_tied_wrapper_does_not_replace_a_stored_head(case: Callable[[str], Case]) -> None:

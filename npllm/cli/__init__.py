@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 
 from npllm import __version__
-from npllm.cli import bench, chat, convert, doctor, generate, output, score
+from npllm.cli import bench, chat, convert, doctor, generate, output, score, slice
 from npllm.cli.options import Parser, UsageError, add_general
 from npllm.errors import NpllmError
 
@@ -25,6 +25,7 @@ VERBS = {
     "score": score,
     "bench": bench,
     "convert": convert,
+    "slice": slice,
     "doctor": doctor,
 }
 

@@ -6,13 +6,10 @@ The folder that it made goes to stdout.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from npllm.cli import output
+from npllm.cli import options, output
 
 HELP = "pickled weights to safetensors, without running their code"
 OPERANDS = "SOURCE OUT"
@@ -26,24 +23,18 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = "a folder with pickled weights, one such file, or a hub id"
-    parser.add_argument("source", type=_name, metavar="SOURCE", help=source)
-    parser.add_argument("out", type=_name, metavar="OUT", help="the folder to make; SOURCE itself is allowed")
+    parser.add_argument("source", type=options.filled, metavar="SOURCE", help=source)
+    parser.add_argument("out", type=options.filled, metavar="OUT", help="the folder to make; SOURCE itself is allowed")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="cast floating-point tensors")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--overwrite", action="store_true", help="replace safetensors that OUT already has")
-
-
-def _name(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("the name is empty")
-    return text
 
 
 def run(args: argparse.Namespace) -> int:
     from npllm.convert import convert
 
     source = _locate(args.source, args.revision)
-    with _progress() as progress:
+    with output.progress("Converting") as progress:
         out = Path(os.path.expanduser(args.out))
         made = convert(source, out, dtype=args.dtype, overwrite=args.overwrite, progress=progress)
     output.write(f"{made}\n")
@@ -58,20 +49,3 @@ def _locate(source: str, revision: str | None) -> Path:
     if path.exists() or not hub.looks_like_hub_id(source):
         return path
     return hub.fetch(source, revision=revision, pickles=True)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on a terminal, else None."""
-    if not output.is_terminal(sys.stderr):
-        yield None
-        return
-    from tqdm import tqdm
-
-    with tqdm(unit="B", unit_scale=True, desc="Converting", delay=0.5, leave=False) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show

@@ -96,6 +96,13 @@ def add_text(parser: argparse.ArgumentParser, name: str, what: str) -> None:
     parser.add_argument("-f", "--file", type=Path, help="the same, from a file")
 
 
+def filled(text: str) -> str:
+    """The type of an argument that must not be empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return text
+
+
 def _pair(text: str) -> tuple[str, Any]:
     """key=value; the value is read as JSON where it is that (false, 3, "x"), and is a string otherwise."""
     key, equals, value = text.partition("=")

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
 from npllm.errors import ArgumentError
@@ -122,3 +122,20 @@ def speed(stream: Stream) -> str:
     computed = usage.prompt_tokens - usage.cached_tokens
     prompt = f"prompt {computed} tokens{rate(timings.prompt_per_second)}"
     return f"{prompt}, answer {usage.completion_tokens}{rate(timings.generation_per_second)}"
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar headed `what`, moved by (bytes done, bytes in all), on a terminal; else None."""
+    if not is_terminal(sys.stderr):
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(unit="B", unit_scale=True, desc=what, delay=0.5, leave=False) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show

@@ -16,9 +16,9 @@ from typing import Any
 
 from npllm.arrays import Array
 from npllm.backend import RMS, Backend, merge_heads
-from npllm.blocks import CAUSAL, Angles, Mask, sliding
+from npllm.blocks import Angles, Mask
 from npllm.cache import Cache, LayerCache, LayerSpec, Rows
-from npllm.config import DecoderConfig, Reader, read_decoder, read_layer_types
+from npllm.config import DecoderConfig, Reader, read_decoder, read_window_masks
 from npllm.weights import Spec, attention_spec, decoder_spec, gated_ffn_spec, norm_spec
 
 DEFAULTS = {
@@ -43,14 +43,7 @@ class Config(DecoderConfig):
     @classmethod
     def read(cls, reader: Reader) -> Config:
         fields = read_decoder(reader, DEFAULTS)
-        layers = fields["num_hidden_layers"]
-        no_window = "sliding_window" in reader.values and reader.raw("sliding_window") is None
-        uses_window = reader.flag("use_sliding_window", False) and not no_window
-        window = reader.integer("sliding_window", 4096)
-        full_layers = reader.integer("max_window_layers", 28, least=0)
-        pattern = ["sliding_attention" if uses_window and i >= full_layers else "full_attention" for i in range(layers)]
-        types = read_layer_types(reader, pattern, ("full_attention", "sliding_attention"))
-        masks = tuple(sliding(window) if uses_window and kind == "sliding_attention" else CAUSAL for kind in types)
+        masks = read_window_masks(reader, fields["num_hidden_layers"])
         return cls(**fields, attention_bias=reader.flag("attention_bias", False), masks=masks)
 
 
@@ -72,7 +65,7 @@ def layer_spec(c: Config) -> Spec:
 
 
 def cache_spec(c: Config) -> list[LayerSpec]:
-    return [LayerSpec(c.num_key_value_heads, c.head_dim, c.head_dim)] * c.num_hidden_layers
+    return [LayerSpec(c.num_key_value_heads, c.head_dim, c.head_dim, mask) for mask in c.masks]
 
 
 def block(be: Backend, c: Config, w: Any, x_MD: Array, angles: Angles, rows: Rows, memory: LayerCache, mask: Mask) -> Array:

@@ -68,7 +68,7 @@ V3 = {
         "as Moonlight: queries without a latent, no groups, RoPE without scaling",
         controls=({"rope_interleave": False}, {"n_group": 4}, rope(60.0)),
         zeroed=BIAS,
-        old=V3_FIELDS | {"num_nextn_predict_layers": 0},
+        old=V3_FIELDS,
         **PUBLISHED,
     ),
     "deepseek-v3-bias": Case(
@@ -175,6 +175,7 @@ MISTRAL4 = {
         "mistral4",
         SHARED | NO_GROUPS | {"n_shared_experts": 1} | rope(100.0, "yarn", **M4_YARN, attention_factor=1.0),
         "as Mistral Large 3: a dense layer first, no factor on the scale and none on cosine and sine",
+        seed=3,
         controls=(rope(100.0, "yarn", **M4_YARN, mscale=1.0, mscale_all_dim=1.0), {"num_experts_per_tok": 2}),
     ),
     "mistral4-groups": Case(

@@ -1,0 +1,124 @@
+"""Writing a model's folder: safetensors piece by piece, with an index where there are several; finished or not at all.
+
+The `safetensors` package would need all tensors of a file in memory; here one piece of one tensor is enough.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from npllm.arrays import Array
+from npllm.errors import CheckpointError, NpllmError
+
+SHARD_BYTES = 4_000_000_000
+
+# What goes along with the weights: configuration, tokenizer, templates, licence; never code.
+COMPANIONS = (".json", ".jinja", ".model", ".txt", ".md")
+
+
+class Outgoing(NamedTuple):
+    """A tensor to write: its type by the name of a safetensors header, its shape, bytes per element, and what gives its
+    elements in order, as arrays that lie without gaps."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    itemsize: int
+    pieces: Callable[[], Iterable[Array]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.itemsize
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Outgoing], shard_bytes: int, owner: Path) -> Iterator[int]:
+    """Write `model.safetensors`, or shards of at most `shard_bytes` and their index; yields the bytes of each piece.
+
+    CheckpointError, in the name of `owner`, when the disk has not that much space.
+    """
+    total, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(folder).free
+    if total > free:
+        raise CheckpointError(f"{owner}: {total} bytes are needed and {free} are free; choose another disk")
+    plan = _plan(tensors, shard_bytes)
+    for file, names in plan.items():
+        yield from _write_file(folder / file, {name: tensors[name] for name in names})
+    if len(plan) > 1:
+        weight_map = {name: file for file, names in plan.items() for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _plan(tensors: Mapping[str, Outgoing], shard_bytes: int) -> dict[str, list[str]]:
+    """File name -> tensor names, in the checkpoint's order; a tensor larger than a shard gets one of its own."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if groups[-1] and size + tensor.nbytes > shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += tensor.nbytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{number:05}-of-{len(groups):05}.safetensors": names for number, names in enumerate(groups, 1)}
+
+
+def _write_file(path: Path, tensors: Mapping[str, Outgoing]) -> Iterator[int]:
+    """Write one safetensors file; wide types first, so that every tensor is aligned to its own size."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        begin, end = end, end + tensors[name].nbytes
+        header[name] = {"dtype": tensors[name].dtype, "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            for piece in tensors[name].pieces():
+                file.write(piece.data)
+                yield piece.nbytes
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def workplace(out: Path) -> Iterator[Path]:
+    """A hidden folder inside `out` that vanishes at the end, as does `out` itself if it is new and stays empty."""
+    new = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".npllm-", dir=out.resolve()) as temporary:
+            yield Path(temporary)
+    except OSError as bad:
+        if isinstance(bad, NpllmError):
+            raise
+        raise CheckpointError(f"{out}: cannot be written ({bad.strerror})") from bad
+    finally:
+        if new:
+            with suppress(OSError):
+                out.rmdir()
+
+
+def copy_companions(folder: Path, temporary: Path) -> None:
+    """Copy what goes along with the weights of `folder`."""
+    for path in sorted(folder.iterdir()):
+        wanted = path.suffix in COMPANIONS or path.name.startswith("LICENSE")
+        if wanted and not path.name.endswith(".index.json") and path.is_file():
+            shutil.copyfile(path, temporary / path.name)
+
+
+def move_into_place(temporary: Path, out: Path) -> set[str]:
+    """Rename the finished files, config.json last: only with it is a folder a model -> their names."""
+    made = {path.name for path in temporary.iterdir()}
+    for name in sorted(made, key=lambda name: (name == "config.json", not name.endswith(".safetensors"), name)):
+        os.replace(temporary / name, out / name)
+    return made
