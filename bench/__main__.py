@@ -1,4 +1,4 @@
-"""python -m bench canon [--shape qwen3-0.6b] [--rounds 3] [--out FILE]: the NumPy backend against the machine's limits."""
+"""python -m bench canon | moe [--rounds 3] [--out FILE]: every speed figure of the README."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from bench import canon
+from bench import canon, moe
 
 
 def main() -> None:
@@ -14,11 +14,14 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("canon", help="the NumPy backend against np.matmul and the read bandwidth, in one run")
     verb.add_argument("--shape", default="qwen3-0.6b", help="a published size, with random weights (default: %(default)s)")
-    verb.add_argument("--rounds", type=int, default=3, help="rounds, of which the best counts (default: %(default)s)")
-    verb.add_argument("--out", type=Path, help="also write the figures as JSON to this file")
+    verbs.add_parser("moe", help="a mixture of experts against a dense model, on the NumPy backend, in one run")
+    for each in verbs.choices.values():
+        each.add_argument("--rounds", type=int, default=3, help="rounds, of which the best counts (default: %(default)s)")
+        each.add_argument("--out", type=Path, help="also write the figures as JSON to this file")
     args = parser.parse_args()
-    figures = canon.run(args.shape, args.rounds)
-    print(canon.table(figures))
+    bench = {"canon": canon, "moe": moe}[args.verb]
+    figures = canon.run(args.shape, args.rounds) if args.verb == "canon" else moe.run(args.rounds)
+    print(bench.table(figures))
     if args.out is not None:
         args.out.write_text(json.dumps(figures, indent=2) + "\n")
 

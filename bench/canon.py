@@ -53,15 +53,22 @@ def run(shape: str, rounds: int) -> dict[str, Any]:
     return {
         "schema": "npllm.bench.canon/1",
         "shape": shape,
-        "machine": f"{cpu_name()}, {cores()} cores",
-        "versions": {"npllm": __version__, "numpy": np.__version__, "python": platform.python_version()},
-        "date": date.today().isoformat(),
+        **about(),
         **best,
         "decode_bytes_per_second": best["decode_tokens_per_second"] * weights,
         "prefill_ratio": best["prefill_tokens_per_second"] / best["matmul_tokens_per_second"],
         "decode_ratio": best["decode_tokens_per_second"] * weights / best["read_bytes_per_second"],
         "peak_memory_ratio": peak / weights,
         "import_seconds": import_seconds(),
+    }
+
+
+def about() -> dict[str, Any]:
+    """What was measured where, and when."""
+    return {
+        "machine": f"{cpu_name()}, {cores()} cores",
+        "versions": {"npllm": __version__, "numpy": np.__version__, "python": platform.python_version()},
+        "date": date.today().isoformat(),
     }
 
 

@@ -260,7 +260,8 @@ class Backend:
         """The work of a mixture, an expert a piece; each writes its tokens' places of `out_MCD`, in any order."""
 
         def expert(e: int, x_TD: Array) -> Array:
-            return self.expert(x_TD, *(self.dense(part.weight[e]) for part in w), act)
+            gate_FD, up_FD, down_DF = (self.dense(part.weight[e]) for part in w)
+            return self.expert(x_TD, gate_FD, up_FD, down_DF, act)
 
         return blocks.moe_pieces(self.xp, x_MD, expert, index_MC, weight_MC, out_MCD, weigh)
 

@@ -178,7 +178,7 @@ def latent_ffn(be: Backend, c: LatentConfig, w: Any, x_MD: Array, moe: bool) -> 
     norm = RMS(w.post_attention_layernorm, c.rms_norm_eps)
     if not moe:
         return be.gated_ffn(x_MD, w.mlp, c.hidden_act, norm=norm, residual_MD=x_MD)
-    h_MD = be.normed(x_MD, norm)
+    h_MD = be.mark("moe.input", be.normed(x_MD, norm))
     index_MC, weight_MC = be.route(h_MD, w.mlp.router, c.router)
-    routed_MD = be.moe(h_MD, w.mlp.experts, index_MC, weight_MC, c.hidden_act)
+    routed_MD = be.mark("moe.output", be.moe(h_MD, w.mlp.experts, index_MC, weight_MC, c.hidden_act))
     return be.gated_ffn(h_MD, w.mlp.shared_experts, c.hidden_act, residual_MD=x_MD + routed_MD)

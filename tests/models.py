@@ -52,6 +52,8 @@ LATENT = DECODER | {
     "first_k_dense_replace": 1,
 }
 
+MIXTURE = DECODER | {"num_local_experts": 6, "num_experts_per_tok": 2}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3": DECODER | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
     "deepseek_v2": LATENT | {"architectures": ["DeepseekV2ForCausalLM"], "topk_method": "group_limited_greedy"},
@@ -71,6 +73,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | {"architectures": ["Llama4ForCausalLM"], "head_dim": 16, "intermediate_size_mlp": 40, "num_local_experts": 3}
     | {"interleave_moe_layer_step": 2, "no_rope_layer_interval": 2, "attention_chunk_size": 16, "floor_scale": 8},
     "mistral": DECODER | {"architectures": ["MistralForCausalLM"], "head_dim": 16, "sliding_window": None},
+    "mixtral": MIXTURE | {"architectures": ["MixtralForCausalLM"], "intermediate_size": 14},
+    "qwen2_moe": MIXTURE
+    | {"architectures": ["Qwen2MoeForCausalLM"], "moe_intermediate_size": 14, "shared_expert_intermediate_size": 10},
+    "qwen3_moe": MIXTURE | {"architectures": ["Qwen3MoeForCausalLM"], "head_dim": 16, "moe_intermediate_size": 14},
     "olmo2": DECODER | {"architectures": ["Olmo2ForCausalLM"]},
     "gpt2": COMMON | {"architectures": ["GPT2LMHeadModel"], "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
 }

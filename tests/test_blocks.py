@@ -69,6 +69,35 @@ def test_half_precision_is_widened_inside(xp: Any) -> None:
         blocks.rms_norm(xp, np.arange(4), np.ones(4), 1e-6)
 
 
+# -- by hand: AltUp and sparse gates ----------------------------------------------------------------------------------
+
+
+def test_altup_of_two_streams(xp: Any) -> None:
+    """Streams 1 and 10; each takes C[n, j] of stream j besides itself: 1 + 2 * 10, and 10 + 3 * 1 - 10."""
+    x_MAD, mixing_MAA = f32([[1], [10]]), f32([[0, 2], [3, -1]])
+    predicted_MAD = blocks.altup_predict(xp, x_MAD, mixing_MAA)
+    agree(predicted_MAD, f32([[21], [3]]), "exact")
+    # The layer made 25 of stream 0: 4 more. Stream 0 moves by 1 + 0.5 times that, stream 1 by 1 - 3 times.
+    agree(blocks.altup_correct(xp, predicted_MAD, f32([25]), 0, f32([0.5, -3])), f32([[27], [-5]]), "exact")
+    # As the last stream's 4 (1 more), with the same gains.
+    agree(blocks.altup_correct(xp, predicted_MAD, f32([4]), 1, f32([0.5, -3])), f32([[22.5], [1]]), "exact")
+
+
+def test_match_rms(xp: Any) -> None:
+    """Mean squares 25 / 2 and 50 / 2; a row whose mean square is below 1e-5 is divided by sqrt(1e-5)."""
+    y_MD, x_MD = f32([1, 7], [1e-4, -1e-4]), f32([3, 4], [3, 4])
+    tiny = 1e-4 * math.sqrt(12.5) / math.sqrt(1e-5)
+    agree(blocks.match_rms(xp, y_MD, x_MD), f32([1 / math.sqrt(2), 7 / math.sqrt(2)], [tiny, -tiny]), "block")
+
+
+def test_gaussian_topk_shifts_what_it_lets_through(xp: Any) -> None:
+    """-3, -1, 1, 3: mean 0, deviation sqrt(5); the median cuts at the mean, and 0.9 leaves 3 - 1.2816 sqrt(5) = 0.134."""
+    gate_MF = f32([-3, -1, 1, 3], [7, 9, 11, 13])
+    agree(blocks.gaussian_topk(xp, gate_MF, 0.5), f32([0, 0, 1, 3], [0, 0, 1, 3]), "block")
+    left = 3 - 1.2815515655446004 * math.sqrt(5)
+    agree(blocks.gaussian_topk(xp, gate_MF, 0.9), f32([0, 0, 0, left], [0, 0, 0, left]), "layer_norm")
+
+
 # -- by hand: RoPE ----------------------------------------------------------------------------------------------------
 
 

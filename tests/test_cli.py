@@ -24,10 +24,11 @@ from safetensors.numpy import load_file, save_file
 
 import npllm
 from npllm import __version__
-from npllm.cli import VERBS, bench, build_parser, chat, doctor, generate, main, options, output, score
+from npllm.cli import VERBS, bench, build_parser, chat, doctor, generate, main, options, output, score, slice
 from npllm.errors import NpllmError
 from npllm.promptcache import PromptCache
 from npllm.tokenizer import Tokenizer
+from tests.export import TRUTH
 from tests.models import CHATML, make_checkpoint
 from tests.talker import make_talker
 
@@ -558,6 +559,42 @@ def test_convert(run: Run, tmp_path: Path) -> None:
     assert (status, out) == (1, "")
     assert "--overwrite" in err
     assert run("convert", PICKLES / "plain_zip.bin", tmp_path / "made", "--overwrite").status == 0
+
+
+def test_slice(run: Run, tmp_path: Path) -> None:
+    """By layers and widths, by preset; the folder's name alone on stdout, or a document with the fields of its docstring."""
+    whole, out = TRUTH / "models" / "gemma3n", tmp_path / "out"
+    cut = ("--layers", "0-1,4", "--ffn", "18,26,17")
+    assert run("slice", whole, out, *cut) == (0, f"{out}\n", "")
+    assert json.loads((out / "config.json").read_text())["intermediate_size"] == [18, 26, 17]
+    status, text, err = run("slice", whole, tmp_path / "again", "--ffn", "20x2,26x3", "--json")
+    document = json.loads(text)
+    assert (status, err) == (0, "")
+    assert list(document) == documented(slice)
+    assert document["schema"] == "npllm.slice/1"
+    assert document["ffn"] == [20, 20, 26, 26, 26]
+    llm = npllm.load(tmp_path / "again", backend="numpy")
+    assert (document["parameters"], document["bytes"]) == (llm.parameters, 4 * llm.parameters)
+
+
+def test_slice_refuses_in_one_line(run: Run, tmp_path: Path) -> None:
+    whole = TRUTH / "models" / "gemma3n"
+    (tmp_path / "file").write_text("")
+    for out, cut, wanted, words in (
+        (tmp_path / "out", [], 2, "say what to cut"),
+        (tmp_path / "out", ["--preset", "e2b", "--ffn", "8192"], 2, "say what to cut"),
+        (tmp_path / "out", ["--layers", "0-"], 2, "'0-' is neither a layer nor a range"),
+        (tmp_path / "out", ["--layers", "0-9999"], 2, "10000 layers"),
+        (tmp_path / "out", ["--ffn", "wide"], 2, "'wide' is no width"),
+        (tmp_path / "out", ["--preset", "e2b"], 1, "no layer 20"),
+        (tmp_path / "out", ["--layers", "1-4"], 1, "layer 0 cannot be dropped"),
+        (tmp_path, ["--ffn", "20"], 1, "is not an empty folder"),
+        ("", ["--ffn", "20"], 2, "the name is empty"),
+    ):
+        status, text, err = run("slice", whole, out, *cut)
+        assert (status, text) == (wanted, "")
+        assert words in err
+        assert len(err.splitlines()) == 1
 
 
 def test_convert_names_are_those_of_a_shell(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,9 +162,9 @@ def feed_forward(be: Backend, c: Config, layer: Layer, w: Any, x_MD: Array) -> A
     norm, ffn = RMS(w.post_attention_layernorm, c.rms_norm_eps), w.feed_forward
     if not layer.moe:
         return be.gated_ffn(x_MD, ffn, c.hidden_act, norm=norm, residual_MD=x_MD)
-    h_MD = be.normed(x_MD, norm)
+    h_MD = be.mark("moe.input", be.normed(x_MD, norm))
     index_MC, weight_MC = be.route(h_MD, ffn.router, c.router)
-    routed_MD = be.moe(h_MD, ffn.experts, index_MC, weight_MC, c.hidden_act, weigh="input")
+    routed_MD = be.mark("moe.output", be.moe(h_MD, ffn.experts, index_MC, weight_MC, c.hidden_act, weigh="input"))
     return be.gated_ffn(h_MD, ffn.shared_expert, c.hidden_act, residual_MD=x_MD + routed_MD)
 
 

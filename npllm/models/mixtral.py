@@ -94,9 +94,10 @@ def block(be: Backend, c: Config, w: Any, x_MD: Array, angles: Angles, rows: Row
     keys = memory.append(k_MGK, v_MGK, rows)
     o_MHV = be.mark("attention.heads", be.attention(q_MHK, keys, rows, mask=c.mask, scale=c.head_dim**-0.5))
     x_MD = be.mark("attention.output", be.linear(merge_heads(o_MHV), w.self_attn.o_proj, x_MD))
-    h_MD = be.mark("ffn.input", be.rms_norm(x_MD, w.post_attention_layernorm, c.rms_norm_eps))
+    h_MD = be.mark("moe.input", be.rms_norm(x_MD, w.post_attention_layernorm, c.rms_norm_eps))
     index_MC, weight_MC = be.route(h_MD, w.block_sparse_moe.router, c.router)
-    return be.mark("output", x_MD + be.moe(h_MD, w.block_sparse_moe.experts, index_MC, weight_MC, c.hidden_act))
+    routed_MD = be.moe(h_MD, w.block_sparse_moe.experts, index_MC, weight_MC, c.hidden_act)
+    return be.mark("output", x_MD + be.mark("moe.output", routed_MD))
 
 
 def forward(be: Backend, c: Config, w: Any, tokens_M: Array, rows: Rows, cache: Cache) -> Array:

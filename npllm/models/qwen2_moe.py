@@ -137,14 +137,14 @@ def block(
     norm = RMS(w.post_attention_layernorm, c.rms_norm_eps)
     if not sparse:
         return be.mark("output", be.gated_ffn(x_MD, w.mlp, c.hidden_act, norm=norm, residual_MD=x_MD))
-    h_MD = be.mark("ffn.input", be.normed(x_MD, norm))
+    h_MD = be.mark("moe.input", be.normed(x_MD, norm))
     return be.mark("output", x_MD + mixture(be, c, w.mlp, h_MD))
 
 
 def mixture(be: Backend, c: Config, w: Any, h_MD: Array) -> Array:
     """The chosen experts' sum, and the shared expert weighed by its own gate -> y_MD."""
     index_MC, weight_MC = be.route(h_MD, w.router, c.router)
-    routed_MD = be.moe(h_MD, w.experts, index_MC, weight_MC, c.hidden_act)
+    routed_MD = be.mark("moe.output", be.moe(h_MD, w.experts, index_MC, weight_MC, c.hidden_act))
     weight_M1 = sigmoid(be.xp, be.linear(h_MD, w.shared_expert_gate))
     shared_MD = be.gated_ffn(h_MD, w.shared_expert, c.hidden_act)
     return routed_MD + be.mark("moe.shared", weight_M1 * shared_MD)

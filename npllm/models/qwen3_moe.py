@@ -110,9 +110,10 @@ def block(
     norm = RMS(w.post_attention_layernorm, eps)
     if not sparse:
         return be.mark("output", be.gated_ffn(x_MD, w.mlp, c.hidden_act, norm=norm, residual_MD=x_MD))
-    h_MD = be.mark("ffn.input", be.normed(x_MD, norm))
+    h_MD = be.mark("moe.input", be.normed(x_MD, norm))
     index_MC, weight_MC = be.route(h_MD, w.mlp.router, c.router)
-    return be.mark("output", x_MD + be.moe(h_MD, w.mlp.experts, index_MC, weight_MC, c.hidden_act))
+    routed_MD = be.moe(h_MD, w.mlp.experts, index_MC, weight_MC, c.hidden_act)
+    return be.mark("output", x_MD + be.mark("moe.output", routed_MD))
 
 
 def forward(be: Backend, c: Config, w: Any, tokens_M: Array, rows: Rows, cache: Cache) -> Array:
