@@ -1,4 +1,4 @@
-"""python -m bench canon | moe [--rounds 3] [--out FILE]: every speed figure of the README."""
+"""python -m bench canon | moe | truth [--out FILE]: every figure of the README that is measured."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from bench import canon, moe
+from bench import canon, moe, truth
 
 
 def main() -> None:
@@ -17,10 +17,12 @@ def main() -> None:
     verbs.add_parser("moe", help="a mixture of experts against a dense model, on the NumPy backend, in one run")
     for each in verbs.choices.values():
         each.add_argument("--rounds", type=int, default=3, help="rounds, of which the best counts (default: %(default)s)")
+    verbs.add_parser("truth", help="how far the logits are from those of transformers, over tests/truth")
+    for each in verbs.choices.values():
         each.add_argument("--out", type=Path, help="also write the figures as JSON to this file")
     args = parser.parse_args()
-    bench = {"canon": canon, "moe": moe}[args.verb]
-    figures = canon.run(args.shape, args.rounds) if args.verb == "canon" else moe.run(args.rounds)
+    bench = {"canon": canon, "moe": moe, "truth": truth}[args.verb]
+    figures = bench.run(**{name: value for name, value in vars(args).items() if name not in ("verb", "out")})
     print(bench.table(figures))
     if args.out is not None:
         args.out.write_text(json.dumps(figures, indent=2) + "\n")

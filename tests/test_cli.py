@@ -712,7 +712,6 @@ def test_a_damaged_model_fails_in_one_line(run: Run, tmp_path: Path, damage: Cal
         (["generate", "x", "--dtype", "int3"], "int3"),
         (["generate", "x", "--kv-dtype", "int3"], "int3"),
         (["generate", "x", "--quantize", "q4"], "quant"),
-        (["generate", "x", "--weights", "disk"], "weights"),
         (["generate", "x", "--backend", "abacus"], "abacus"),
         (["generate", "x", "--max-context", "0"], "max_context"),
         (["generate", "x", "--stop", ""], "stop"),

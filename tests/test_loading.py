@@ -23,7 +23,10 @@ from npllm.errors import (
     NumericsError,
     TokenizerError,
 )
+from npllm.handles import Weight
 from npllm.models import read_config
+from npllm.weights import leaves
+from tests.compare import agree
 from tests.models import ABSENT, PREFIX, STORAGE, make_checkpoint, make_config, make_tensors, make_tokenizer, save_tensors
 from tests.refusals import refused
 
@@ -235,9 +238,20 @@ def test_a_model_beyond_the_memory_is_refused_before_anything_is_allocated(
 
     monkeypatch.setattr("npllm.loading.build_tree", build_tree)
     monkeypatch.setattr("npllm.backend.available_memory", lambda: 50_000)
-    needed = ("weights need", "float64", "available", "float32")
-    refused(MemoryLimitError, lambda: npllm.load(folder, backend="numpy", dtype="float64"), str(folder), *needed)
+    needed = ("weights need", "float64", "available", "float32", "weights='disk'")
+    demand = {"backend": "numpy", "dtype": "float64", "weights": "memory"}
+    refused(MemoryLimitError, lambda: npllm.load(folder, **demand), str(folder), *needed)
     refused(MemoryLimitError, lambda: npllm.LLM.random(read_config(folder), npllm.get_backend("numpy")), "weights need")
+
+
+def test_a_model_beyond_the_memory_stays_on_disk(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = npllm.load(folder, backend="numpy").forward([[1, 2, 3]])
+    monkeypatch.setattr("npllm.loading.check_memory", lambda *how, **options: False)
+    llm = npllm.load(folder, backend="numpy")
+    assert all(isinstance(weight, Weight) for _, weight in leaves(llm.model.weights))
+    agree(llm.forward([[1, 2, 3]]), wanted, "reordered")
 
 
 def test_absurd_sizes_that_are_each_allowed_are_refused_for_memory(tmp_path: Path) -> None:
@@ -342,7 +356,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> Non
         ({"max_context": "8"}, ArgumentError, "max_context"),
         ({"kv_dtype": "int8"}, ArgumentError, "kv_dtype"),
         ({"quantize": "q4"}, BackendError, "quantize"),
-        ({"weights": "disk"}, ArgumentError, "weights"),
+        ({"weights": "ram"}, ArgumentError, "weights"),
         ({"dtype": "float16"}, BackendError, "float16"),
         ({"backend": "nonesuch"}, BackendError, "nonesuch"),
         ({"threads": 0}, ArgumentError, "threads"),

@@ -34,6 +34,7 @@ from tests.compare import LIMITS, Array, norm
 from tests.export import TRUTH
 from tests.models import ABSENT, make_checkpoint
 from tests.native import interleaved_rows, make_native
+from tests.refusals import refused
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 RIGHT, WRONG = LIMITS["truth"].relative, 0.01
@@ -184,6 +185,23 @@ def test_pitfall_12_the_router_is_no_gate_projection(tmp_path: Path) -> None:
         (dense.gate_proj.weight, "layers.0.mlp.gate_proj.weight"),
     ):
         np.testing.assert_array_equal(prepared, stored[f"model.{name}"])
+
+
+def test_pitfall_12_a_dense_and_a_sparse_layer_side_by_side(case: Callable[[str], Case]) -> None:
+    """`mlp.gate` of one layer is a router, `mlp.gate_proj` of the next a projection; neither serves for the other."""
+    qwen = case("qwen3-moe-sparse-step")
+    router, projection = "model.layers.1.mlp.gate.weight", "model.layers.0.mlp.gate_proj.weight"
+    assert qwen.error() < RIGHT
+    llm = npllm.load(qwen.folder, backend="numpy", dtype="float32")
+    dense, sparse = (layer.mlp for layer in llm.model.weights.layers[:2])
+    np.testing.assert_array_equal(sparse.router.gate.weight, qwen.tensors[router])
+    np.testing.assert_array_equal(dense.gate_proj.weight, qwen.tensors[projection])
+    tensors = qwen.tensors
+    for name in (router, projection):
+        qwen.tensors = tensors | {name: tensors[name][::-1].copy()}
+        assert qwen.error() > WRONG
+    qwen.tensors = tensors | {router: tensors[projection]}
+    refused(CheckpointError, qwen.error, router, "[26, 30]", "[6, 30]")
 
 
 @pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v2", "mistral4"])
@@ -397,6 +415,39 @@ def test_pitfall_25_the_router_computes_in_float32_whatever_the_weights_are_stor
     llama4 = case("llama4-bf16")
     assert llama4.error(Backend()) < RIGHT
     assert RIGHT < llama4.error(CoarseRouter()) < WRONG
+
+
+def test_pitfall_26_head_dim_of_qwen3_is_its_own_field(case: Callable[[str], Case]) -> None:
+    """The published 0.6B and 30B-A3B: 16 heads of 128 at width 1024, 32 at 2048. hidden / heads would give 64 for both."""
+    for model, width, heads in (("qwen3", 1024, 16), ("qwen3_moe", 2048, 32)):
+        fields = {"model_type": model, "hidden_size": width, "num_attention_heads": heads, "num_key_value_heads": 4}
+        described = interpret(fields | {"num_hidden_layers": 1, "head_dim": 128})
+        spec = described.architecture.weight_spec(described.config)
+        assert spec["layers.0.self_attn.q_proj.weight"].shape == (heads * 128, width)
+        assert spec["layers.0.self_attn.o_proj.weight"].shape == (width, heads * 128)
+    qwen = case("qwen3-moe")
+    assert qwen.error() < RIGHT
+    assert qwen.config["head_dim"] == 10
+    refused(CheckpointError, lambda: qwen.error(head_dim=8), "self_attn.q_proj.weight", "[40, 30]", "[32, 30]")
+
+
+def test_pitfall_27_experts_are_counted_under_two_names(case: Callable[[str], Case]) -> None:
+    """transformers 5 writes num_local_experts, published files say num_experts; without either, there would be 128."""
+    qwen = case("qwen3-moe")
+    assert qwen.config["num_local_experts"] == 6
+    assert "num_experts" not in qwen.config
+    assert qwen.error() < RIGHT
+    assert qwen.error(num_local_experts=ABSENT, num_experts=6) < RIGHT
+    refused(CheckpointError, lambda: qwen.error(num_local_experts=ABSENT), "mlp.experts.6.gate_proj.weight", "missing")
+
+
+def test_pitfall_28_norm_topk_prob_is_false_unless_said(case: Callable[[str], Case]) -> None:
+    for name, said in (("qwen3-moe-raw", False), ("qwen3-moe", True), ("qwen2-moe", False), ("qwen2-moe-sparse-step", True)):
+        qwen = case(name)
+        assert qwen.error(norm_topk_prob=said) < RIGHT
+        assert qwen.error(norm_topk_prob=not said) > WRONG
+        absent = qwen.error(norm_topk_prob=ABSENT)
+        assert absent > WRONG if said else absent < RIGHT
 
 
 def test_pitfall_29_a_window_that_is_not_used(case: Callable[[str], Case]) -> None:
