@@ -126,6 +126,7 @@ class Backend:
             return None
         if isinstance(bundle, Weight):
             if bundle.part == "lookup":
+                bundle.will_look_up()
                 return bundle
             values = bundle.array(self.array_dtype)
             if values.base is None:

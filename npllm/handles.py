@@ -109,12 +109,19 @@ class Weight:
 
     def will_need(self) -> None:
         """Have the system read the bytes of this handle, and no others."""
-        if self.mapping is None or not self.data.flags.c_contiguous or not hasattr(self.mapping, "madvise"):
+        self._advise("MADV_WILLNEED")
+
+    def will_look_up(self) -> None:
+        """Rows will be asked for here and there: the system shall not read what follows them in the file."""
+        self._advise("MADV_RANDOM")
+
+    def _advise(self, advice: str) -> None:
+        if self.mapping is None or not self.data.flags.c_contiguous or not hasattr(mmap, advice):
             return
         begin = self.data.ctypes.data - np.frombuffer(self.mapping, np.uint8).ctypes.data
-        # Linux reads a part only of what it is asked for at once.
+        # Linux reads only a part of what it is asked for at once.
         for at in range(begin - begin % mmap.PAGESIZE, begin + self.data.nbytes, READ_AT_ONCE):
-            self.mapping.madvise(mmap.MADV_WILLNEED, at, min(READ_AT_ONCE, begin + self.data.nbytes - at))
+            self.mapping.madvise(getattr(mmap, advice), at, min(READ_AT_ONCE, begin + self.data.nbytes - at))
 
     def release(self) -> None:
         """Tell the system that the file's pages are not needed: a widened copy has taken their place."""

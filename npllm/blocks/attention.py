@@ -15,6 +15,9 @@ from npllm.blocks.masks import Mask
 QUERY_BLOCK = 64
 SCORES = 1 << 18
 
+# With many heads to one key head (MLA has 128) and a long context it takes fewer queries, to have at most this many scores.
+MOST_SCORES = 1 << 22
+
 
 def softmax(xp: Namespace, scores_S: Array) -> Array:
     """Softmax over the last axis (any leading axes), in place, less the row's maximum; a row of nothing but -inf gives 0."""
@@ -94,6 +97,7 @@ def attention_pieces(
     cannot reach are not read.
     """
     (T, H, _), (S, G, _) = q_THK.shape, v_SGV.shape
+    block = max(1, min(block, MOST_SCORES * G // max(1, H * S)))
     pieces: list[Callable[[], None]] = []
     for start in range(0, T, block):
         stop = min(start + block, T)
