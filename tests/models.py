@@ -11,8 +11,9 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from npllm.handles import Stack
-from npllm.models import interpret
+from npllm.models import REGISTRY, interpret
 from npllm.weights import random_weights
+from tests.export import CASES
 
 END, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -54,7 +55,7 @@ LATENT = DECODER | {
 
 MIXTURE = DECODER | {"num_local_experts": 6, "num_experts_per_tok": 2}
 
-CONFIGS: dict[str, dict[str, Any]] = {
+OWN: dict[str, dict[str, Any]] = {
     "qwen3": DECODER | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
     "deepseek_v2": LATENT | {"architectures": ["DeepseekV2ForCausalLM"], "topk_method": "group_limited_greedy"},
     "deepseek_v3": LATENT | {"architectures": ["DeepseekV3ForCausalLM"]},
@@ -80,6 +81,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "olmo2": DECODER | {"architectures": ["Olmo2ForCausalLM"]},
     "gpt2": COMMON | {"architectures": ["GPT2LMHeadModel"], "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
 }
+
+
+def exported(name: str) -> dict[str, Any]:
+    """The config of the first case whose truth is exported, with a vocabulary and a context as the others have them."""
+    config = next(case.config for case in CASES.values() if case.model == name)
+    return config | COMMON | {"max_position_embeddings": DECODER["max_position_embeddings"]}
+
+
+# A config for each model_type; one that has none of its own above takes that of an exported case.
+CONFIGS = {name: OWN[name] if name in OWN else exported(name) for name in sorted(REGISTRY)}
 
 # What published files put before a tensor's own name (not before lm_head.weight).
 PREFIX = dict.fromkeys(CONFIGS, "model.") | {"gpt2": "transformer."}

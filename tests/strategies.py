@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from npllm import LLM, Backend
 from npllm.blocks import Mask
-from npllm.models import Described, interpret
+from npllm.models import REGISTRY, Described, interpret
 from tests.compare import Array
+from tests.export import CASES
 
 SIZES: dict[str, st.SearchStrategy[int]] = {
     "B": st.integers(1, 4),
@@ -280,8 +281,7 @@ def mistral4(draw: st.DrawFn) -> dict[str, Any]:
     return fields | {"rope_parameters": rope}
 
 
-# One strategy per model_type; a house test demands that the registry has no other.
-CONFIGS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
+OWN: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "deepseek_v2": deepseek_v2(),
     "deepseek_v3": deepseek_v3(),
     "gemma2": gemma2(),
@@ -300,6 +300,15 @@ CONFIGS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "qwen3": qwen3(),
     "qwen3_moe": qwen3_moe(),
 }
+
+
+def exported(name: str) -> st.SearchStrategy[dict[str, Any]]:
+    """The configs of the cases whose truth is exported."""
+    return st.sampled_from([case.config for case in CASES.values() if case.model == name])
+
+
+# A strategy for each model_type; one that has none of its own above draws from its exported cases.
+CONFIGS = {name: OWN[name] if name in OWN else exported(name) for name in sorted(REGISTRY)}
 
 
 def tiny_config(architecture: str | None = None) -> st.SearchStrategy[Described]:

@@ -15,8 +15,8 @@ from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load_file, save, save_file
 
 from npllm.checkpoint import LONGEST_HEADER, Checkpoint, SafetensorsFile, find_weights
-from npllm.handles import Weight, fingerprint
 from npllm.errors import CheckpointError
+from npllm.handles import Weight, fingerprint
 from tests.refusals import refused
 
 DATA = np.arange(6, dtype=np.float32).reshape(2, 3)
