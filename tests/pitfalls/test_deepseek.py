@@ -146,8 +146,7 @@ def test_pitfall_12_a_dense_and_a_sparse_layer_side_by_side(case: Callable[[str]
     qwen = case("qwen3-moe-sparse-step")
     router, projection = "model.layers.1.mlp.gate.weight", "model.layers.0.mlp.gate_proj.weight"
     assert qwen.error() < RIGHT
-    llm = npllm.load(qwen.folder, backend="numpy", dtype="float32")
-    dense, sparse = (layer.mlp for layer in llm.model.weights.layers[:2])
+    dense, sparse = (layer.mlp for layer in qwen.load().model.weights.layers[:2])
     np.testing.assert_array_equal(sparse.router.gate.weight, qwen.tensors[router])
     np.testing.assert_array_equal(dense.gate_proj.weight, qwen.tensors[projection])
     tensors = qwen.tensors
@@ -204,6 +203,7 @@ def test_pitfall_15_scales_multiply_though_they_are_called_inverse(tmp_path: Pat
     def inverted(tensors: fp8.Stored) -> fp8.Stored:
         return {name: (dtype, 1 / factors) for name, (dtype, factors) in scales(tensors).items()}
 
+    assert fp8_error(tmp_path, "llama3-fp8", lambda tensors: {}) < RIGHT
     assert fp8_error(tmp_path, "llama3-fp8", inverted) > WRONG
 
 

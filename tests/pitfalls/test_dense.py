@@ -120,7 +120,7 @@ def test_pitfall_33_olmo2_norms_whole_projections_and_no_input(case: Callable[[s
     olmo2 = case("olmo2")
     assert olmo2.error(Backend()) < RIGHT
     assert olmo2.error(NormsPerHead()) > WRONG
-    llm = npllm.load(olmo2.folder, backend="numpy")
+    llm = olmo2.load()
     assert not [name for name in llm.model.spec if "input_layernorm" in name]
     assert llm.model.spec["layers.0.self_attn.q_norm.weight"].shape == (60,)
     assert llm.model.spec["layers.0.self_attn.k_norm.weight"].shape == (20,)
@@ -137,6 +137,20 @@ def test_pitfall_34_eps_is_the_files_and_not_the_class_default(case: Callable[[s
     assert interpret(olmo2.config | {"rms_norm_eps": None}).config.rms_norm_eps == 1e-5
     assert interpret({"model_type": "llama"}).config.rms_norm_eps == 1e-6
     assert interpret({"model_type": "llama", "rms_norm_eps": 1e-5}).config.rms_norm_eps == 1e-5
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-inner"])
+def test_pitfall_35_gpt2s_matrices_are_stored_in_by_out(case: Callable[[str], Case], name: str) -> None:
+    """Only for the square one of attention's output does no shape tell."""
+    gpt2 = case(name)
+    tensors = gpt2.tensors
+    transposed = {each: np.ascontiguousarray(values.T) for each, values in tensors.items() if values.ndim == 2}
+    square, wide = "transformer.h.0.attn.c_proj.weight", "transformer.h.0.attn.c_attn.weight"
+    assert gpt2.error() < RIGHT
+    gpt2.tensors = tensors | {square: transposed[square]}
+    assert gpt2.error() > WRONG
+    gpt2.tensors = tensors | {wide: transposed[wide]}
+    refused(CheckpointError, gpt2.error, wide, str(list(transposed[wide].shape)), str(list(tensors[wide].shape)))
 
 
 def test_pitfall_43_a_tied_wrapper_does_not_replace_a_stored_head(case: Callable[[str], Case]) -> None:

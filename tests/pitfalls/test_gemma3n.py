@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import npllm
 from npllm import blocks
 from npllm.models import gemma3n
 from tests.compare import Array, norm
@@ -46,8 +45,10 @@ def sample_topk(right: Any, xp: Any, gate_F: Array, sparsity: float) -> Array:
 def test_pitfall_37_sparse_gates_are_shifted_by_mean_and_population_deviation(
     case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch, mistake: Any
 ) -> None:
+    small = case("gemma3n")
+    assert small.error() < RIGHT
     monkeypatch.setattr(blocks, "gaussian_topk", functools.partial(mistake, blocks.gaussian_topk))
-    assert case("gemma3n").error() > WRONG
+    assert small.error() > WRONG
 
 
 def added_everywhere(right: Any, be: Any, c: Any, w: Any, x_MAD: Array, input_MP: Array) -> Array:
@@ -66,8 +67,10 @@ def overwritten(right: Any, be: Any, c: Any, w: Any, x_MAD: Array, input_MP: Arr
 def test_pitfall_38_the_layers_input_leaves_the_first_stream_alone(
     case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch, mistake: Any
 ) -> None:
+    small = case("gemma3n")
+    assert small.error() < RIGHT
     monkeypatch.setattr(gemma3n, "add_input", functools.partial(mistake, gemma3n.add_input))
-    assert case("gemma3n").error() > WRONG
+    assert small.error() > WRONG
 
 
 def test_pitfall_39_altups_coefficients_are_target_by_source(
@@ -76,16 +79,17 @@ def test_pitfall_39_altups_coefficients_are_target_by_source(
     """Each stream n takes C[n, j] of stream j; by hand, then planted."""
     x_MAD, mixing_MAA = np.array([[[1.0], [10.0]]]), np.array([[[0.0, 2.0], [0.0, 0.0]]])
     np.testing.assert_array_equal(blocks.altup_predict(np, x_MAD, mixing_MAA), [[[21.0], [10.0]]])
-    right = blocks.altup_predict
+    right, small = blocks.altup_predict, case("gemma3n")
+    assert small.error() < RIGHT
     monkeypatch.setattr(blocks, "altup_predict", lambda xp, x_MAD, c_MAA: right(xp, x_MAD, c_MAA.transpose(0, 2, 1)))
-    assert case("gemma3n").error() > WRONG
+    assert small.error() > WRONG
 
 
 def test_pitfall_40_laurels_residual_is_the_normed_input_and_the_sum_is_scaled(case: Callable[[str], Case]) -> None:
     small = case("gemma3n")
     want, layer = small.truth["logits"], "layers.0."
     assert small.error() < RIGHT
-    llm = npllm.load(small.folder, backend="numpy", dtype="float32")
+    llm = small.load()
 
     def residual_not_normed(laurel_MD: Array) -> Array:
         a_MD = recorded[layer + "altup.predicted"][:, 0]
