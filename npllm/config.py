@@ -103,7 +103,10 @@ class Reader:
             raise self.fail(key, f"must lie between {least} and {most}")
         return value
 
-    def optional_integer(self, key: str, *, least: int = 1) -> int | None:
+    def optional_integer(self, key: str, default: int | None = None, *, least: int = 1) -> int | None:
+        """A null is None; `default` is for an absent key."""
+        if key not in self.values:
+            return default
         return None if self.raw(key) is None else self.integer(key, 0, least=least)
 
     def real(self, key: str, default: float, *, positive: bool = True) -> float:
@@ -397,13 +400,13 @@ def read_window_masks(reader: Reader, layers: int) -> tuple[Mask, ...]:
 
     `layer_types`, where it is there, says which layers instead. A sliding_window of null is none.
     """
-    no_window = "sliding_window" in reader.values and reader.raw("sliding_window") is None
-    uses_window = reader.flag("use_sliding_window", False) and not no_window
-    window = reader.integer("sliding_window", 4096)
+    window = reader.optional_integer("sliding_window", 4096)
+    if not reader.flag("use_sliding_window", False):
+        window = None
     full_layers = reader.integer("max_window_layers", 28, least=0)
-    pattern = ["sliding_attention" if uses_window and i >= full_layers else "full_attention" for i in range(layers)]
+    pattern = ["full_attention" if window is None or i < full_layers else "sliding_attention" for i in range(layers)]
     types = read_layer_types(reader, pattern, ("full_attention", "sliding_attention"))
-    return tuple(sliding(window) if uses_window and kind == "sliding_attention" else CAUSAL for kind in types)
+    return tuple(CAUSAL if kind == "full_attention" else sliding(window) for kind in types)
 
 
 def read_gemma_masks(reader: Reader, layers: int, *, full_every: int, window: int) -> tuple[Mask, ...]:
@@ -411,10 +414,10 @@ def read_gemma_masks(reader: Reader, layers: int, *, full_every: int, window: in
     multiple of `full_every` attends to everything and the others to `sliding_window` (class default `window`)."""
     pattern = ["sliding_attention" if (i + 1) % full_every else "full_attention" for i in range(layers)]
     types = read_layer_types(reader, pattern, ("full_attention", "sliding_attention"))
-    if "sliding_attention" in types and "sliding_window" in reader.values and reader.raw("sliding_window") is None:
+    width = reader.optional_integer("sliding_window", window)
+    if width is None and "sliding_attention" in types:
         raise reader.fail("sliding_window", "must be an integer: some layers are sliding_attention")
-    window = reader.integer("sliding_window", window)
-    return tuple(sliding(window) if kind == "sliding_attention" else CAUSAL for kind in types)
+    return tuple(CAUSAL if kind == "full_attention" else sliding(width) for kind in types)
 
 
 def read_experts(reader: Reader, *, default: int, per_token: int, least: int = 0) -> tuple[int, int]:
@@ -430,7 +433,7 @@ def read_experts(reader: Reader, *, default: int, per_token: int, least: int = 0
     return local, reader.integer("num_experts_per_tok", min(per_token, local or 1), most=local or MOST_EXPERTS)
 
 
-def read_sparse_layers(reader: Reader, layers: int, experts: int) -> tuple[bool, ...]:
+def read_moe_layers(reader: Reader, layers: int, experts: int) -> tuple[bool, ...]:
     """For each layer whether it is a mixture: where decoder_sparse_step divides its number, counted from 1, unless
     mlp_only_layers names it (counted from 0)."""
     step = reader.integer("decoder_sparse_step", 1)

@@ -11,11 +11,10 @@ from typing import Any
 
 from npllm.arrays import Array
 from npllm.backend import RMS, Backend, split_heads
-from npllm.blocks import Angles
-from npllm.blocks.moe import Router
+from npllm.blocks import Angles, Router
 from npllm.blocks.rope import yarn_mscale
 from npllm.cache import LayerSpec
-from npllm.config import DecoderConfig, Reader, divide, read_decoder
+from npllm.config import MOST_EXPERTS, DecoderConfig, Reader, divide, read_decoder
 from npllm.errors import ConfigError
 from npllm.weights import Bundle, LatentKV, Spec, Tensor, experts_spec, gated_ffn_spec, linear_spec, norm_spec, router_spec
 
@@ -68,35 +67,23 @@ def read_latent(reader: Reader, defaults: dict[str, Any]) -> dict[str, Any]:
     return {
         **fields,
         **sizes,
-        "q_lora_rank": nullable(reader, "q_lora_rank", defaults["q_lora_rank"]),
+        "q_lora_rank": reader.optional_integer("q_lora_rank", defaults["q_lora_rank"]),
         "attention_bias": reader.flag("attention_bias", False),
         "rope_interleave": reader.flag("rope_interleave", True),
-        "n_routed_experts": reader.integer("n_routed_experts", defaults["n_routed_experts"]),
+        "n_routed_experts": reader.integer("n_routed_experts", defaults["n_routed_experts"], most=MOST_EXPERTS),
         "n_shared_experts": reader.integer("n_shared_experts", defaults["n_shared_experts"], least=0),
         "moe_layers": tuple(i >= first and i % every == 0 for i in range(fields["num_hidden_layers"])),
     }
 
 
-def nullable(reader: Reader, key: str, default: int | None) -> int | None:
-    """An integer that may be null; `default` is for an absent key."""
-    return reader.optional_integer(key) if key in reader.values else default
-
-
-def read_router(
-    reader: Reader, defaults: dict[str, Any], *, scores: str, ranking: str, normalise: bool, grouped: bool = True
-) -> Router:
-    """The rule by which experts are chosen; n_group of null is one group, topk_group of null keeps all of them.
-
-    `grouped` false: groups play no part, whatever the file says of them.
-    """
-    experts = reader.integer("n_routed_experts", defaults["n_routed_experts"])
-    chosen = nullable(reader, "num_experts_per_tok", defaults["num_experts_per_tok"])
+def read_router(reader: Reader, defaults: dict[str, Any], *, scores: str, ranking: str, normalise: bool) -> Router:
+    """The rule by which experts are chosen; n_group of null is one group, topk_group of null keeps all of them."""
+    experts = reader.integer("n_routed_experts", defaults["n_routed_experts"], most=MOST_EXPERTS)
+    chosen = reader.optional_integer("num_experts_per_tok", defaults["num_experts_per_tok"])
     if chosen is None:
         raise ConfigError(f"{reader.name}: num_experts_per_tok is missing")
-    groups = nullable(reader, "n_group", defaults["n_group"]) or 1
-    kept = nullable(reader, "topk_group", defaults["topk_group"]) or groups
-    if not grouped:
-        groups = kept = 1
+    groups = reader.optional_integer("n_group", defaults["n_group"]) or 1
+    kept = reader.optional_integer("topk_group", defaults["topk_group"]) or groups
     if kept > groups:
         raise ConfigError(f"{reader.name}: topk_group = {kept} is more than n_group = {groups}")
     eligible = kept * divide(reader, "n_routed_experts", experts, "n_group", groups)
@@ -147,11 +134,9 @@ def _dense_spec(c: LatentConfig, bias: bool) -> Spec:
 
 
 def _experts_spec(c: LatentConfig, correction: bool, bias: bool) -> Spec:
-    """`mlp.gate` is the router: it is no projection of a gated FFN."""
     E, D, F = c.n_routed_experts, c.hidden_size, c.moe_intermediate_size
-    added = "mlp.gate.e_score_correction_bias" if correction else None
     return {
-        **router_spec("mlp.gate", E, D, bundle="mlp.router", correction=added),
+        **router_spec("mlp.gate", E, D, correction=correction),
         **experts_spec("mlp.experts", E, D, F),
         **gated_ffn_spec("mlp.shared_experts", D, c.n_shared_experts * F, bias=bias),
     }

@@ -15,11 +15,11 @@ import numpy as np
 
 from npllm import blocks, parallel
 from npllm.arrays import Array
-from npllm.backend import Backend, Norm, split_heads
+from npllm.backend import Backend, Norm, split_heads, widened_parts
 from npllm.blocks.masks import Mask
 from npllm.blocks.rope import Angles
 from npllm.cache import Keys, Rows
-from npllm.handles import Weight
+from npllm.handles import Stack, Weight
 from npllm.machine import default_threads
 from npllm.weights import QKV, Experts, GatedFFN, Linear
 
@@ -68,8 +68,8 @@ class NumpyBackend(Backend):
 
     def linear(self, x_MD: Array, w: Linear, /, residual_MF: Array | None = None) -> Array:
         # The head of a prompt's step sees one row; BLAS is kept to one thread there, so it is cut like the rest.
-        few = len(x_MD) < SPLIT and not (parallel.blas_is_alone() or isinstance(w.weight, Weight))
-        if few or x_MD.size * len(w.weight) < SMALL_PRODUCT:
+        few = x_MD.size * len(w.weight) < SMALL_PRODUCT or (len(x_MD) < SPLIT and not parallel.blas_is_alone())
+        if few and not isinstance(w.weight, Weight):
             return super().linear(x_MD, w, residual_MF)
         y_MF = np.empty((len(x_MD), len(w.weight)), x_MD.dtype)
 
@@ -78,8 +78,15 @@ class NumpyBackend(Backend):
             if residual_MF is not None:
                 y_MF[:, part] += residual_MF[:, part]
 
-        parallel.each(features, parallel.split(len(w.weight), max(self.parts, len(w.weight) // WIDE)), self.parts)
+        with parallel.blas_threads(1):
+            parallel.each(features, self._parts_of(w.weight), self.parts)
         return y_MF
+
+    def _parts_of(self, weight: Array | Weight) -> list[slice]:
+        if isinstance(weight, Weight):
+            parallel.keep_freed_memory()
+            return widened_parts(weight)
+        return parallel.split(len(weight), max(self.parts, len(weight) // WIDE))
 
     def attention(
         self, q_MHK: Array, keys: Keys, rows: Rows, /, *, mask: Mask, scale: float, softcap: float | None = None
@@ -129,11 +136,12 @@ class NumpyBackend(Backend):
     def moe(
         self, x_MD: Array, w: Experts, index_MC: Array, weight_MC: Array, /, act: str, *, weigh: str = "output"
     ) -> Array:
-        if len(x_MD) < SPLIT:
+        if len(x_MD) < SPLIT and not isinstance(w.gate_proj.weight, Stack):
             return super().moe(x_MD, w, index_MC, weight_MC, act, weigh=weigh)
         out_MCD = np.empty((*index_MC.shape, x_MD.shape[1]), x_MD.dtype)
         pieces = self.moe_pieces(x_MD, w, index_MC, weight_MC, out_MCD, act, weigh)
-        parallel.each(lambda piece: piece(), pieces, self.parts)
+        with parallel.blas_threads(1):
+            parallel.each(lambda piece: piece(), pieces, self.parts)
         y_MD = np.empty_like(x_MD)
         parallel.each(
             lambda part: np.sum(out_MCD[part], axis=1, out=y_MD[part]), parallel.split(len(y_MD), self.parts), self.parts

@@ -45,8 +45,8 @@ class Tensor:
 
     shape    as stored in the checkpoint; of experts, all of a layer stacked.
     axes     one letter per axis (npllm.arrays): what sharding and quantisation go by.
-    part     embedding, attention, ffn, experts, router, norm or head: what parameter counts are grouped by; "lookup" is a
-             table that is read row by row and never multiplied with, "buffer" is no parameter.
+    part     embedding, attention, ffn, experts, router, norm, head, or a name of the model's own: what parameter counts are
+             grouped by; "lookup" is a table that is read row by row and never multiplied with, "buffer" is no parameter.
     bundle   the tuple that this tensor's module joins (q, k and v; gate, up and down), or None if it stands alone.
     alias    the tensor that serves when the checkpoint lacks this one (a tied head); an alias is not counted.
     stored   "oi" as Hugging Face's Linear [out, in], or "io" as GPT-2's Conv1D; backends always see [out, in].
@@ -179,11 +179,16 @@ def gated_ffn_spec(name: str, width: int, inner: int, *, bias: bool = False) -> 
     }
 
 
-def router_spec(name: str, experts: int, width: int, *, bundle: str, correction: str | None = None) -> Spec:
-    """The router's matrix `name.weight` [E, D] and, where there is one, the tensor `correction` [E]: a Gate at `bundle`."""
-    spec = {f"{name}.weight": Tensor((experts, width), "ED", "router", Bundle(bundle, Gate, "gate"))}
-    if correction is not None:
-        spec[correction] = Tensor((experts,), "E", "buffer", Bundle(bundle, Gate, "correction"))
+def router_spec(name: str, experts: int, width: int, *, correction: bool = False) -> Spec:
+    """The router's matrix `name.weight` [E, D] and, with a `correction`, its bias on the choice [E].
+
+    Both are a Gate called `router` in the module that holds `name`: beside experts, a `gate` is no gate projection.
+    """
+    place = f"{name.rpartition('.')[0]}.router"
+    spec = {f"{name}.weight": Tensor((experts, width), "ED", "router", Bundle(place, Gate, "gate"))}
+    if correction:
+        bias = Tensor((experts,), "E", "buffer", Bundle(place, Gate, "correction"))
+        spec[f"{name}.e_score_correction_bias"] = bias
     return spec
 
 
@@ -291,7 +296,7 @@ def build_tree(
 
 def _modules(spec: Spec, handles: Mapping[str, Handle]) -> dict[str, tuple[Linear, Bundle | None]]:
     """Handles grouped by module: `x.weight` and `x.bias` are one Linear at `x`; any other tensor is one at its own name."""
-    leaves: dict[str, dict[str, Handle]] = {}
+    modules: dict[str, dict[str, Handle]] = {}
     places: dict[str, Bundle | None] = {}
     for name, handle in handles.items():
         path, _, leaf = name.rpartition(".")
@@ -299,9 +304,9 @@ def _modules(spec: Spec, handles: Mapping[str, Handle]) -> dict[str, tuple[Linea
             path, leaf = name, "weight"
         if isinstance(handle, Weight) and spec[name].stored == "io" and len(handle.shape) == 2:
             handle = handle.transposed()
-        leaves.setdefault(path, {})[leaf] = handle
+        modules.setdefault(path, {})[leaf] = handle
         places[path] = spec[name].bundle
-    return {path: (Linear(**fields), places[path]) for path, fields in leaves.items()}
+    return {path: (Linear(**fields), places[path]) for path, fields in modules.items()}
 
 
 def _stored_bytes(module: Linear) -> int:

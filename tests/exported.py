@@ -123,8 +123,8 @@ def latent_attention(be: Backend, given: Parameters, t: Tensors, x_MD: Array, ro
     angles = be.angles(c.rope, rows.positions_M)
     q_MHK = latent_queries(be, c, w, x_MD, angles)
     if given["model"] == "mistral4":
-        far_M = blocks.temperature(be.xp, rows.positions_M, c.trained_context, c.llama_4_scaling_beta, be.array_dtype)
-        q_MHK = q_MHK * far_M[:, None, None]
+        scale_M = blocks.temperature(be.xp, rows.positions_M, c.trained_context, c.llama_4_scaling_beta, be.array_dtype)
+        q_MHK = q_MHK * scale_M[:, None, None]
     kv_a = LatentKV(w.kv_a_proj_with_mqa, w.kv_a_layernorm)
     keys = memory.append(be.latent_project(x_MD, kv_a, angles, LATENT_EPS), None, rows)
     o_MHV = be.latent_attention(q_MHK, keys, rows, w.kv_b_proj, mask=blocks.CAUSAL, scale=c.scale)

@@ -34,7 +34,7 @@ def test_class_defaults_are_those_of_transformers() -> None:
     qwen3 = interpret({"model_type": "qwen3_moe"}).config
     assert (qwen3.hidden_size, qwen3.num_hidden_layers, qwen3.num_key_value_heads, qwen3.head_dim) == (2048, 24, 4, 64)
     assert (qwen3.num_experts, qwen3.moe_intermediate_size, qwen3.router) == (128, 768, Router(8))
-    assert (qwen3.sparse, qwen3.mask, qwen3.attention_bias) == ((True,) * 24, CAUSAL, False)
+    assert (qwen3.moe_layers, qwen3.mask, qwen3.attention_bias) == ((True,) * 24, CAUSAL, False)
     qwen2 = interpret({"model_type": "qwen2_moe"}).config
     assert (qwen2.intermediate_size, qwen2.num_key_value_heads, qwen2.head_dim) == (5632, 16, 128)
     assert (qwen2.num_experts, qwen2.moe_intermediate_size, qwen2.router) == (60, 1408, Router(4))
@@ -60,7 +60,7 @@ def test_experts_are_counted_under_either_name(architecture: str) -> None:
 
 @pytest.mark.parametrize("architecture", ["qwen2_moe", "qwen3_moe"])
 @pytest.mark.parametrize(
-    ("changes", "sparse"),
+    ("changes", "moe_layers"),
     [
         ({}, "xxxxxx"),
         ({"decoder_sparse_step": 2}, ".x.x.x"),
@@ -72,9 +72,9 @@ def test_experts_are_counted_under_either_name(architecture: str) -> None:
         ({"num_local_experts": 0}, "......"),
     ],
 )
-def test_which_layers_are_mixtures(architecture: str, changes: dict[str, Any], sparse: str) -> None:
+def test_which_layers_are_mixtures(architecture: str, changes: dict[str, Any], moe_layers: str) -> None:
     c = read(architecture, num_hidden_layers=6, **changes)
-    assert "".join("x" if each else "." for each in c.sparse) == sparse
+    assert "".join("x" if each else "." for each in c.moe_layers) == moe_layers
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,8 @@ class Mask(NamedTuple):
 CAUSAL = Mask()
 
 
-def sliding(window: int) -> Mask:
-    """Sliding-window attention (config field `sliding_window`; Mistral 7B, arXiv 2310.06825, section 2)."""
+def sliding(window: int | None) -> Mask:
+    """Sliding-window attention (config field `sliding_window`; Mistral 7B, arXiv 2310.06825, section 2); None: CAUSAL."""
     return Mask(window=window)
 
 

@@ -77,10 +77,11 @@ class Config(LatentConfig):
         reader.only("rope_interleave", True)
         if reader.flag("norm_topk_prob", False):
             reader.warn("%s: norm_topk_prob has no effect in DeepSeek V2", reader.name)
-        grouped = reader.choice("topk_method", "greedy", ("greedy", "group_limited_greedy")) != "greedy"
+        greedy = reader.choice("topk_method", "greedy", ("greedy", "group_limited_greedy")) == "greedy"
+        groups = reader.seeing(n_group=1, topk_group=1) if greedy else reader
         return cls(
             **read_latent(reader, DEFAULTS),
-            router=read_router(reader, DEFAULTS, scores="softmax", ranking="max", normalise=False, grouped=grouped),
+            router=read_router(groups, DEFAULTS, scores="softmax", ranking="max", normalise=False),
             mlp_bias=reader.flag("mlp_bias", False),
         )
 

@@ -113,10 +113,11 @@ def block(be: Backend, c: Config, w: Any, x_MD: Array, angles: Angles, rows: Row
 
 def forward(be: Backend, c: Config, w: Any, tokens_M: Array, rows: Rows, cache: Cache) -> Array:
     """Token ids -> logits_WN of the rows' wanted tokens; keys and values go to `cache`."""
-    far, near = be.angles(c.rope, rows.positions_M), be.angles(c.local_rope, rows.positions_M)
+    global_angles, local_angles = (be.angles(rope, rows.positions_M) for rope in (c.rope, c.local_rope))
     x_MD = be.mark("embedding", be.embed(tokens_M, w.embed_tokens) * math.sqrt(c.hidden_size))
     for i, (layer, memory, mask) in enumerate(zip(w.layers, cache.layers, c.masks, strict=True)):
-        x_MD = block(be.layer(i), c, layer, x_MD, far if mask == CAUSAL else near, rows, memory, mask)
+        angles = global_angles if mask == CAUSAL else local_angles
+        x_MD = block(be.layer(i), c, layer, x_MD, angles, rows, memory, mask)
     x_WD = be.mark("norm", be.rms_norm(rows.wanted(x_MD), w.norm, c.rms_norm_eps, 1.0))
     logits_WN = be.linear(x_WD, w.lm_head)
     return be.mark("logits", soft_cap(be.xp, logits_WN, c.final_logit_softcapping))

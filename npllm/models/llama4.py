@@ -25,7 +25,7 @@ from npllm.config import DecoderConfig, Reader, read_decoder, read_experts, read
 from npllm.errors import ConfigError
 from npllm.weights import Spec, attention_spec, decoder_spec, experts_spec, gated_ffn_spec, norm_spec, router_spec
 
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "vocab_size": 202048,
     "hidden_size": 5120,
     "intermediate_size": 8192,
@@ -39,7 +39,13 @@ DEFAULTS = {
 }
 
 # Training, and how other programs keep their cache.
-IGNORED = """cache_implementation for_llm_compressor output_router_logits router_aux_loss_coef router_jitter_noise""".split()
+IGNORED = (
+    "cache_implementation",
+    "for_llm_compressor",
+    "output_router_logits",
+    "router_aux_loss_coef",
+    "router_jitter_noise",
+)
 
 
 class Layer(NamedTuple):
@@ -68,7 +74,7 @@ class Config(DecoderConfig):
     @classmethod
     def read(cls, reader: Reader) -> Config:
         # Absent, head_dim is 128; null, it is hidden_size / num_attention_heads.
-        fields = read_decoder(reader, DEFAULTS | ({"head_dim": None} if "head_dim" in reader.values else {}))
+        fields = read_decoder(reader, DEFAULTS | {"head_dim": reader.optional_integer("head_dim", DEFAULTS["head_dim"])})
         experts, chosen = read_experts(reader, default=16, per_token=1, least=1)
         return cls(
             **fields,
@@ -97,7 +103,7 @@ def read_layers(reader: Reader, layers: int) -> tuple[Layer, ...]:
     moe = range(step - 1, layers, step) if named is None else named
     pattern = ["chunked_attention" if rope else "full_attention" for rope in ropes]
     types = read_layer_types(reader, pattern, ("full_attention", "chunked_attention"))
-    chunk = reader.optional_integer("attention_chunk_size") if "attention_chunk_size" in reader.values else 8192
+    chunk = reader.optional_integer("attention_chunk_size", 8192)
     if chunk is None and "chunked_attention" in types:
         raise reader.fail("attention_chunk_size", "must be an integer: some layers are chunked_attention")
     masks = [CAUSAL if chunk is None or kind == "full_attention" else chunked(chunk) for kind in types]
@@ -130,7 +136,7 @@ def layer_spec(c: Config, layer: Layer) -> Spec:
 def moe_spec(c: Config) -> Spec:
     experts, width, inner = c.num_local_experts, c.hidden_size, c.intermediate_size
     return {
-        **router_spec("feed_forward.router", experts, width, bundle="feed_forward.router"),
+        **router_spec("feed_forward.router", experts, width),
         **experts_spec("feed_forward.experts", experts, width, inner, transposed=True),
         **gated_ffn_spec("feed_forward.shared_expert", width, inner),
     }
@@ -141,7 +147,7 @@ def cache_spec(c: Config) -> list[LayerSpec]:
 
 
 def block(
-    be: Backend, c: Config, layer: Layer, w: Any, x_MD: Array, angles: Angles, far_M: Array, rows: Rows, memory: LayerCache
+    be: Backend, c: Config, layer: Layer, w: Any, x_MD: Array, angles: Angles, scale_M: Array, rows: Rows, memory: LayerCache
 ) -> Array:
     eps = c.rms_norm_eps
     q_MHK, k_MGK, v_MGK = be.project_heads(x_MD, w.self_attn.qkv, c.head_dim, norm=RMS(w.input_layernorm, eps))
@@ -150,7 +156,7 @@ def block(
         if c.use_qk_norm:
             q_MHK, k_MGK = be.rms_norm(q_MHK, None, eps), be.rms_norm(k_MGK, None, eps)
     elif c.attn_temperature_tuning:
-        q_MHK = q_MHK * far_M[:, None, None]
+        q_MHK = q_MHK * scale_M[:, None, None]
     keys = memory.append(be.mark("attention.k", k_MGK), be.mark("attention.v", v_MGK), rows)
     q_MHK = be.mark("attention.q", q_MHK)
     o_MHV = be.mark("attention.heads", be.attention(q_MHK, keys, rows, mask=layer.mask, scale=c.head_dim**-0.5))
@@ -172,9 +178,9 @@ def forward(be: Backend, c: Config, w: Any, tokens_M: Array, rows: Rows, cache: 
     """Token ids -> logits_WN of the rows' wanted tokens; keys and values go to `cache`."""
     angles = be.angles(c.rope, rows.positions_M)
     # The first chunk ends at position floor_scale - 1, not after it: the position counts from 1 here.
-    far_M = blocks.temperature(be.xp, rows.positions_M + 1, c.floor_scale, c.attn_scale, be.array_dtype)
+    scale_M = blocks.temperature(be.xp, rows.positions_M + 1, c.floor_scale, c.attn_scale, be.array_dtype)
     x_MD = be.mark("embedding", be.embed(tokens_M, w.embed_tokens))
     for i, (layer, weights, memory) in enumerate(zip(c.layers, w.layers, cache.layers, strict=True)):
-        x_MD = block(be.layer(i), c, layer, weights, x_MD, angles, far_M, rows, memory)
+        x_MD = block(be.layer(i), c, layer, weights, x_MD, angles, scale_M, rows, memory)
     x_WD = be.mark("norm", be.rms_norm(rows.wanted(x_MD), w.norm, c.rms_norm_eps))
     return be.mark("logits", be.linear(x_WD, w.lm_head))

@@ -2,7 +2,7 @@
 
 | against Llama 3 | here                                                                                   |
 |-----------------|----------------------------------------------------------------------------------------|
-| head_dim        | a field of its own from Nemo on: in Small, 32 heads of 128 beside a hidden size of 5120 |
+| head_dim        | a field of its own from Nemo on: Small has 32 heads of 128 and a hidden size of 5120   |
 | mask            | every layer sees a window of sliding_window keys; null (7B v0.2 and all later): causal |
 | RoPE            | theta 1e4 in 7B v0.1, 1e6 from v0.2 on, 1e9 in Small 3.1; not scaled                   |
 | RoPE pairs      | half-split; interleaved (rope_interleave) in Mistral's own files, rows not permuted    |
@@ -17,7 +17,7 @@ from typing import Any
 
 from npllm.arrays import Array
 from npllm.backend import RMS, Backend, merge_heads
-from npllm.blocks import CAUSAL, Angles, Mask, sliding
+from npllm.blocks import Angles, Mask, sliding
 from npllm.cache import Cache, LayerCache, LayerSpec, Rows
 from npllm.config import DecoderConfig, Reader, read_decoder
 from npllm.weights import Spec, attention_spec, decoder_spec, gated_ffn_spec, norm_spec
@@ -43,10 +43,9 @@ class Config(DecoderConfig):
 
     @classmethod
     def read(cls, reader: Reader) -> Config:
-        window = reader.optional_integer("sliding_window") if "sliding_window" in reader.values else 4096
         return cls(
             **read_decoder(reader, DEFAULTS),
-            mask=CAUSAL if window is None else sliding(window),
+            mask=sliding(reader.optional_integer("sliding_window", 4096)),
             rope_interleave=reader.flag("rope_interleave", False),
         )
 

@@ -125,10 +125,10 @@ def cache_spec(c: Config) -> list[LayerSpec]:
 
 
 def block(
-    be: Backend, c: Config, w: Any, x_MD: Array, angles: Angles, far_M: Array, rows: Rows, memory: LayerCache, moe: bool
+    be: Backend, c: Config, w: Any, x_MD: Array, angles: Angles, scale_M: Array, rows: Rows, memory: LayerCache, moe: bool
 ) -> Array:
     h_MD = be.mark("attention.input", be.rms_norm(x_MD, w.input_layernorm, c.rms_norm_eps))
-    q_MHK = be.mark("attention.q", latent_queries(be, c, w.self_attn, h_MD, angles) * far_M[:, None, None])
+    q_MHK = be.mark("attention.q", latent_queries(be, c, w.self_attn, h_MD, angles) * scale_M[:, None, None])
     latent_MGK = be.latent_project(h_MD, w.self_attn.kv_a, angles, LATENT_EPS, interleaved=c.rope_interleave)
     keys = memory.append(be.mark("attention.latent", latent_MGK), None, rows)
     o_MHV = be.latent_attention(q_MHK, keys, rows, w.self_attn.kv_b_proj, mask=CAUSAL, scale=c.scale)
@@ -140,9 +140,9 @@ def block(
 def forward(be: Backend, c: Config, w: Any, tokens_M: Array, rows: Rows, cache: Cache) -> Array:
     """Token ids -> logits_WN of the rows' wanted tokens; latent vectors and shared keys go to `cache`."""
     angles = be.angles(c.rope, rows.positions_M)
-    far_M = blocks.temperature(be.xp, rows.positions_M, c.trained_context, c.llama_4_scaling_beta, be.array_dtype)
+    scale_M = blocks.temperature(be.xp, rows.positions_M, c.trained_context, c.llama_4_scaling_beta, be.array_dtype)
     x_MD = be.mark("embedding", be.embed(tokens_M, w.embed_tokens))
     for i, (layer, memory, moe) in enumerate(zip(w.layers, cache.layers, c.moe_layers, strict=True)):
-        x_MD = block(be.layer(i), c, layer, x_MD, angles, far_M, rows, memory, moe)
+        x_MD = block(be.layer(i), c, layer, x_MD, angles, scale_M, rows, memory, moe)
     x_WD = be.mark("norm", be.rms_norm(rows.wanted(x_MD), w.norm, c.rms_norm_eps))
     return be.mark("logits", be.linear(x_WD, w.lm_head))

@@ -16,7 +16,7 @@ from typing import Any
 
 from npllm.arrays import Array
 from npllm.backend import RMS, Backend, merge_heads
-from npllm.blocks import CAUSAL, Angles, Mask, Router, sliding
+from npllm.blocks import Angles, Mask, Router, sliding
 from npllm.cache import Cache, LayerCache, LayerSpec, Rows
 from npllm.config import DecoderConfig, Reader, read_decoder, read_experts
 from npllm.weights import Spec, attention_spec, decoder_spec, experts_spec, norm_spec, router_spec
@@ -55,10 +55,9 @@ class Config(DecoderConfig):
     def read(cls, reader: Reader) -> Config:
         fields = read_decoder(reader, DEFAULTS)
         experts, chosen = read_experts(reader, default=8, per_token=2, least=1)
-        window = reader.optional_integer("sliding_window")
         return cls(
             **fields,
-            mask=CAUSAL if window is None else sliding(window),
+            mask=sliding(reader.optional_integer("sliding_window")),
             num_local_experts=experts,
             router=Router(chosen, normalise=True),
             rope_interleave=reader.flag("rope_interleave", False),
@@ -76,7 +75,7 @@ def layer_spec(c: Config) -> Spec:
         **norm_spec("input_layernorm", width),
         **attention_spec(width, c.num_attention_heads, c.num_key_value_heads, c.head_dim),
         **norm_spec("post_attention_layernorm", width),
-        **router_spec("block_sparse_moe.gate", experts, width, bundle="block_sparse_moe.router"),
+        **router_spec("block_sparse_moe.gate", experts, width),
         **experts_spec("block_sparse_moe.experts", experts, width, inner, names=("w1", "w3", "w2")),
     }
 

@@ -22,7 +22,7 @@ from npllm.arrays import Array
 from npllm.backend import RMS, Backend, merge_heads
 from npllm.blocks import CAUSAL, Angles, Mask, Router, sigmoid, sliding
 from npllm.cache import Cache, LayerCache, LayerSpec, Rows
-from npllm.config import DecoderConfig, Reader, read_decoder, read_experts, read_layer_types, read_sparse_layers
+from npllm.config import DecoderConfig, Reader, read_decoder, read_experts, read_layer_types, read_moe_layers
 from npllm.weights import (
     Spec,
     attention_spec,
@@ -53,7 +53,7 @@ IGNORED = ("router_aux_loss_coef", "output_router_logits")
 class Config(DecoderConfig):
     """`intermediate_size` is the width of a dense layer's FFN, the other two those of an expert and of the shared one.
 
-    `masks` and `sparse` say for each layer what it sees and whether it is a mixture; `router` is the rule of them all.
+    `masks` and `moe_layers` say for each layer what it sees and whether it is a mixture; `router` is the rule of them all.
     """
 
     qkv_bias: bool
@@ -61,7 +61,7 @@ class Config(DecoderConfig):
     num_experts: int
     moe_intermediate_size: int
     shared_expert_intermediate_size: int
-    sparse: tuple[bool, ...]
+    moe_layers: tuple[bool, ...]
     router: Router
 
     @classmethod
@@ -75,7 +75,7 @@ class Config(DecoderConfig):
             num_experts=experts,
             moe_intermediate_size=reader.integer("moe_intermediate_size", 1408),
             shared_expert_intermediate_size=reader.integer("shared_expert_intermediate_size", 5632),
-            sparse=read_sparse_layers(reader, fields["num_hidden_layers"], experts),
+            moe_layers=read_moe_layers(reader, fields["num_hidden_layers"], experts),
             router=Router(chosen, normalise=reader.flag("norm_topk_prob", False)),
         )
 
@@ -83,36 +83,35 @@ class Config(DecoderConfig):
 def read_masks(reader: Reader, layers: int) -> tuple[Mask, ...]:
     """Each layer's rule. transformers writes a sliding_window of 0 where there is none."""
     uses_window = reader.flag("use_sliding_window", False)
-    window = reader.integer("sliding_window", 4096, least=0)
+    window = reader.optional_integer("sliding_window", 4096, least=0) or None
     windowed = range(0, reader.integer("max_window_layers", 28, least=0), 2)
     pattern = ["sliding_attention" if uses_window and i in windowed else "full_attention" for i in range(layers)]
     types = read_layer_types(reader, pattern, ("full_attention", "sliding_attention"))
-    no_window = not uses_window or window == 0 or reader.values.get("sliding_window", window) is None
-    if "sliding_attention" in types and no_window:
+    if "sliding_attention" in types and not (uses_window and window):
         raise reader.fail(
             "sliding_window", "with this use_sliding_window is no window, but some layers are sliding_attention"
         )
-    return tuple(sliding(window) if kind == "sliding_attention" else CAUSAL for kind in types)
+    return tuple(CAUSAL if kind == "full_attention" else sliding(window) for kind in types)
 
 
 def weight_spec(c: Config) -> Spec:
     """Names and shapes of the checkpoint (Hugging Face's Qwen2MoeForCausalLM)."""
-    return decoder_spec(c, [layer_spec(c, sparse) for sparse in c.sparse])
+    return decoder_spec(c, [layer_spec(c, moe) for moe in c.moe_layers])
 
 
-def layer_spec(c: Config, sparse: bool) -> Spec:
+def layer_spec(c: Config, moe: bool) -> Spec:
     heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
     return {
         **norm_spec("input_layernorm", c.hidden_size),
         **attention_spec(c.hidden_size, heads, kv_heads, c.head_dim, bias=c.qkv_bias, o_bias=False),
         **norm_spec("post_attention_layernorm", c.hidden_size),
-        **(mixture_spec(c) if sparse else gated_ffn_spec("mlp", c.hidden_size, c.intermediate_size)),
+        **(moe_spec(c) if moe else gated_ffn_spec("mlp", c.hidden_size, c.intermediate_size)),
     }
 
 
-def mixture_spec(c: Config) -> Spec:
+def moe_spec(c: Config) -> Spec:
     return {
-        **router_spec("mlp.gate", c.num_experts, c.hidden_size, bundle="mlp.router"),
+        **router_spec("mlp.gate", c.num_experts, c.hidden_size),
         **experts_spec("mlp.experts", c.num_experts, c.hidden_size, c.moe_intermediate_size),
         **gated_ffn_spec("mlp.shared_expert", c.hidden_size, c.shared_expert_intermediate_size),
         **linear_spec("mlp.shared_expert_gate", 1, c.hidden_size, "FD", "ffn"),
@@ -124,7 +123,7 @@ def cache_spec(c: Config) -> list[LayerSpec]:
 
 
 def block(
-    be: Backend, c: Config, w: Any, x_MD: Array, angles: Angles, rows: Rows, memory: LayerCache, mask: Mask, sparse: bool
+    be: Backend, c: Config, w: Any, x_MD: Array, angles: Angles, rows: Rows, memory: LayerCache, mask: Mask, moe: bool
 ) -> Array:
     norm = RMS(w.input_layernorm, c.rms_norm_eps)
     q_MHK, k_MGK, v_MGK = be.project_heads(x_MD, w.self_attn.qkv, c.head_dim, norm=norm)
@@ -135,13 +134,13 @@ def block(
     o_MHV = be.mark("attention.heads", be.attention(q_MHK, keys, rows, mask=mask, scale=c.head_dim**-0.5))
     x_MD = be.mark("attention.output", be.linear(merge_heads(o_MHV), w.self_attn.o_proj, x_MD))
     norm = RMS(w.post_attention_layernorm, c.rms_norm_eps)
-    if not sparse:
+    if not moe:
         return be.mark("output", be.gated_ffn(x_MD, w.mlp, c.hidden_act, norm=norm, residual_MD=x_MD))
     h_MD = be.mark("moe.input", be.normed(x_MD, norm))
-    return be.mark("output", x_MD + mixture(be, c, w.mlp, h_MD))
+    return be.mark("output", x_MD + moe_ffn(be, c, w.mlp, h_MD))
 
 
-def mixture(be: Backend, c: Config, w: Any, h_MD: Array) -> Array:
+def moe_ffn(be: Backend, c: Config, w: Any, h_MD: Array) -> Array:
     """The chosen experts' sum, and the shared expert weighed by its own gate -> y_MD."""
     index_MC, weight_MC = be.route(h_MD, w.router, c.router)
     routed_MD = be.mark("moe.output", be.moe(h_MD, w.experts, index_MC, weight_MC, c.hidden_act))
@@ -154,7 +153,7 @@ def forward(be: Backend, c: Config, w: Any, tokens_M: Array, rows: Rows, cache: 
     """Token ids -> logits_WN of the rows' wanted tokens; keys and values go to `cache`."""
     angles = be.angles(c.rope, rows.positions_M)
     x_MD = be.mark("embedding", be.embed(tokens_M, w.embed_tokens))
-    for i, (layer, memory, mask, sparse) in enumerate(zip(w.layers, cache.layers, c.masks, c.sparse, strict=True)):
-        x_MD = block(be.layer(i), c, layer, x_MD, angles, rows, memory, mask, sparse)
+    for i, (layer, memory, mask, moe) in enumerate(zip(w.layers, cache.layers, c.masks, c.moe_layers, strict=True)):
+        x_MD = block(be.layer(i), c, layer, x_MD, angles, rows, memory, mask, moe)
     x_WD = be.mark("norm", be.rms_norm(rows.wanted(x_MD), w.norm, c.rms_norm_eps))
     return be.mark("logits", be.linear(x_WD, w.lm_head))

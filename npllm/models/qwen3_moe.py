@@ -19,9 +19,9 @@ from typing import Any
 
 from npllm.arrays import Array
 from npllm.backend import RMS, Backend, merge_heads
-from npllm.blocks import CAUSAL, Angles, Mask, Router, sliding
+from npllm.blocks import Angles, Mask, Router, sliding
 from npllm.cache import Cache, LayerCache, LayerSpec, Rows
-from npllm.config import DecoderConfig, Reader, read_decoder, read_experts, read_sparse_layers
+from npllm.config import DecoderConfig, Reader, read_decoder, read_experts, read_moe_layers
 from npllm.weights import Spec, attention_spec, decoder_spec, experts_spec, gated_ffn_spec, norm_spec, router_spec
 
 DEFAULTS = {
@@ -43,51 +43,51 @@ IGNORED = ("router_aux_loss_coef", "output_router_logits", "max_window_layers")
 class Config(DecoderConfig):
     """`intermediate_size` is the width of a dense layer's FFN, `moe_intermediate_size` of one expert's.
 
-    `sparse` says for each layer whether it is a mixture; `router` is the rule by which all of them choose.
+    `moe_layers` says for each layer whether it is a mixture; `router` is the rule by which all of them choose.
     """
 
     attention_bias: bool
     mask: Mask
     num_experts: int
     moe_intermediate_size: int
-    sparse: tuple[bool, ...]
+    moe_layers: tuple[bool, ...]
     router: Router
 
     @classmethod
     def read(cls, reader: Reader) -> Config:
         fields = read_decoder(reader, DEFAULTS)
         experts, chosen = read_experts(reader, default=128, per_token=8)
-        window = 4096 if "sliding_window" not in reader.values else reader.optional_integer("sliding_window")
+        window = reader.optional_integer("sliding_window", 4096)
         return cls(
             **fields,
             attention_bias=reader.flag("attention_bias", False),
-            mask=sliding(window) if reader.flag("use_sliding_window", False) and window is not None else CAUSAL,
+            mask=sliding(window if reader.flag("use_sliding_window", False) else None),
             num_experts=experts,
             moe_intermediate_size=reader.integer("moe_intermediate_size", 768),
-            sparse=read_sparse_layers(reader, fields["num_hidden_layers"], experts),
+            moe_layers=read_moe_layers(reader, fields["num_hidden_layers"], experts),
             router=Router(chosen, normalise=reader.flag("norm_topk_prob", False)),
         )
 
 
 def weight_spec(c: Config) -> Spec:
     """Names and shapes of the checkpoint (Hugging Face's Qwen3MoeForCausalLM)."""
-    return decoder_spec(c, [layer_spec(c, sparse) for sparse in c.sparse])
+    return decoder_spec(c, [layer_spec(c, moe) for moe in c.moe_layers])
 
 
-def layer_spec(c: Config, sparse: bool) -> Spec:
+def layer_spec(c: Config, moe: bool) -> Spec:
     return {
         **norm_spec("input_layernorm", c.hidden_size),
         **attention_spec(c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim, bias=c.attention_bias),
         **norm_spec("self_attn.q_norm", c.head_dim, axes="K"),
         **norm_spec("self_attn.k_norm", c.head_dim, axes="K"),
         **norm_spec("post_attention_layernorm", c.hidden_size),
-        **(mixture_spec(c) if sparse else gated_ffn_spec("mlp", c.hidden_size, c.intermediate_size)),
+        **(moe_spec(c) if moe else gated_ffn_spec("mlp", c.hidden_size, c.intermediate_size)),
     }
 
 
-def mixture_spec(c: Config) -> Spec:
+def moe_spec(c: Config) -> Spec:
     return {
-        **router_spec("mlp.gate", c.num_experts, c.hidden_size, bundle="mlp.router"),
+        **router_spec("mlp.gate", c.num_experts, c.hidden_size),
         **experts_spec("mlp.experts", c.num_experts, c.hidden_size, c.moe_intermediate_size),
     }
 
@@ -96,9 +96,7 @@ def cache_spec(c: Config) -> list[LayerSpec]:
     return [LayerSpec(c.num_key_value_heads, c.head_dim, c.head_dim, c.mask)] * c.num_hidden_layers
 
 
-def block(
-    be: Backend, c: Config, w: Any, x_MD: Array, angles: Angles, rows: Rows, memory: LayerCache, sparse: bool
-) -> Array:
+def block(be: Backend, c: Config, w: Any, x_MD: Array, angles: Angles, rows: Rows, memory: LayerCache, moe: bool) -> Array:
     eps = c.rms_norm_eps
     q_MHK, k_MGK, v_MGK = be.project_heads(x_MD, w.self_attn.qkv, c.head_dim, norm=RMS(w.input_layernorm, eps))
     q_MHK = be.mark("attention.q", be.rope(be.rms_norm(q_MHK, w.self_attn.q_norm, eps), angles))
@@ -108,7 +106,7 @@ def block(
     o_MHV = be.mark("attention.heads", be.attention(q_MHK, keys, rows, mask=c.mask, scale=c.head_dim**-0.5))
     x_MD = be.mark("attention.output", be.linear(merge_heads(o_MHV), w.self_attn.o_proj, x_MD))
     norm = RMS(w.post_attention_layernorm, eps)
-    if not sparse:
+    if not moe:
         return be.mark("output", be.gated_ffn(x_MD, w.mlp, c.hidden_act, norm=norm, residual_MD=x_MD))
     h_MD = be.mark("moe.input", be.normed(x_MD, norm))
     index_MC, weight_MC = be.route(h_MD, w.mlp.router, c.router)
@@ -120,7 +118,7 @@ def forward(be: Backend, c: Config, w: Any, tokens_M: Array, rows: Rows, cache: 
     """Token ids -> logits_WN of the rows' wanted tokens; keys and values go to `cache`."""
     angles = be.angles(c.rope, rows.positions_M)
     x_MD = be.mark("embedding", be.embed(tokens_M, w.embed_tokens))
-    for i, (layer, memory, sparse) in enumerate(zip(w.layers, cache.layers, c.sparse, strict=True)):
-        x_MD = block(be.layer(i), c, layer, x_MD, angles, rows, memory, sparse)
+    for i, (layer, memory, moe) in enumerate(zip(w.layers, cache.layers, c.moe_layers, strict=True)):
+        x_MD = block(be.layer(i), c, layer, x_MD, angles, rows, memory, moe)
     x_WD = be.mark("norm", be.rms_norm(rows.wanted(x_MD), w.norm, c.rms_norm_eps))
     return be.mark("logits", be.linear(x_WD, w.lm_head))
