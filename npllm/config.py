@@ -257,6 +257,8 @@ def read_typed_ropes(reader: Reader, dim: int, defaults: dict[str, Any], positio
         section = (typed and typed.section(kind)) or Reader({}, reader.name, reader.warn)
         if scaling is not None and field == "rope":
             section = Reader(section.values | scaling.values, scaling.name, reader.warn)
+        # transformers looks for it beside the sections, where no file has it.
+        section.only("truncate", True)
         rope = _read_rope_section(section, dim, reader.real(key, defaults[key]), positions, section)
         section.finish({"type"})
         ropes[field] = _usable(rope, section)

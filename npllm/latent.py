@@ -165,5 +165,5 @@ def latent_ffn(be: Backend, c: LatentConfig, w: Any, x_MD: Array, moe: bool) -> 
         return be.gated_ffn(x_MD, w.mlp, c.hidden_act, norm=norm, residual_MD=x_MD)
     h_MD = be.mark("moe.input", be.normed(x_MD, norm))
     index_MC, weight_MC = be.route(h_MD, w.mlp.router, c.router)
-    routed_MD = be.mark("moe.output", be.moe(h_MD, w.mlp.experts, index_MC, weight_MC, c.hidden_act))
-    return be.gated_ffn(h_MD, w.mlp.shared_experts, c.hidden_act, residual_MD=x_MD + routed_MD)
+    routed_MD = be.mark("moe.routed", be.moe(h_MD, w.mlp.experts, index_MC, weight_MC, c.hidden_act))
+    return x_MD + routed_MD + be.mark("moe.shared", be.gated_ffn(h_MD, w.mlp.shared_experts, c.hidden_act))

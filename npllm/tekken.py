@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from npllm.config import Reader, read_json
+from npllm.config import Reader, read_json, shown
 from npllm.errors import ConfigError, TokenizerError
 
 # The special tokens of files up to version 7 that do not list them, by id.
@@ -116,7 +116,7 @@ def _interpret(reader: Reader) -> Tekken:
         held = f"{len(entries)} tokens and {len(special)} special ids are there"
         raise config.fail("default_vocab_size", f"cannot be: {held}")
     roles = {role: text for role, text in ROLES.items() if text in special}
-    talks = version >= 7 and {*CHAT_TOKENS, *map(ROLES.get, ("bos_token", "eos_token"))} <= {*special}
+    talks = version >= 7 and {*CHAT_TOKENS, ROLES["bos_token"], ROLES["eos_token"]} <= set(special)
     ranks = _ranks(entries[:size], reader.name)
     if both := set(special).intersection(_spelled(ranks)):
         raise TokenizerError(f"{reader.name}: {min(both)} is a special token and also a token of the vocabulary")
@@ -144,7 +144,8 @@ def _special(reader: Reader, config: Reader, version: int) -> list[str]:
     for each in listed:
         rank, text = each.get("rank"), each.get("token_str")
         if type(rank) is not int or not 0 <= rank < count or rank in taken or not isinstance(text, str) or not text:
-            raise TokenizerError(f"{reader.name}: special token {text!r:.60} at rank {rank!r:.20} does not fit {count} ids")
+            what = f"special token {shown(text)} at rank {shown(rank)}"
+            raise TokenizerError(f"{reader.name}: {what} does not fit {count} ids")
         taken.add(rank)
         texts[rank] = text
     if len(set(texts)) < count:
@@ -157,7 +158,7 @@ def _ranks(entries: list[Any], name: str) -> list[bytes]:
     for rank, entry in enumerate(entries):
         try:
             if entry["rank"] != rank:
-                raise ValueError(f"rank {entry['rank']!r:.20} is out of its order")
+                raise ValueError(f"rank {shown(entry['rank'])} is out of its order")
             ranks.append(base64.b64decode(entry["token_bytes"], validate=True))
         except (ValueError, TypeError, KeyError, binascii.Error) as bad:
             raise TokenizerError(f"{name}: entry {rank} of vocab is not a token with rank and token_bytes ({bad})") from None

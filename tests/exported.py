@@ -51,17 +51,12 @@ both_dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
 def lookup(file: str, case: str, dtype: str) -> tuple[Parameters, Tensors, str]:
     """Parameters; tensors with real inputs in `dtype` and outputs computed in it; the limit."""
     tensors = FILES[file].tensors[case]
-    outputs = {name.removesuffix("_f64") for name in tensors if name.endswith("_f64")}
-    chosen = {
-        name: tensors[f"{name}_f64"]
-        if name in outputs and dtype == "float64"
-        else value.astype(dtype)
-        if value.dtype.kind == "f"
-        else value
-        for name, value in tensors.items()
-        if not name.endswith("_f64")
-    }
-    return FILES[file].given[case], chosen, "block" if dtype == "float32" else "block float64"
+    exact = {name.removesuffix("_f64"): value for name, value in tensors.items() if name.endswith("_f64")}
+    single = {name: value for name, value in tensors.items() if not name.endswith("_f64")}
+    if dtype == "float32":
+        return FILES[file].given[case], single, "block"
+    wide = {name: value.astype(dtype) if value.dtype.kind == "f" else value for name, value in single.items()}
+    return FILES[file].given[case], wide | exact, "block float64"
 
 
 # -- operations on a file's inputs --------------------------------------------------------------------------------------

@@ -209,14 +209,14 @@ def test_gemma_reads_hidden_activation_and_not_hidden_act() -> None:
 
 
 def test_what_says_which_layers_are_global() -> None:
-    """`layer_types` before `sliding_window_pattern` before the name that transformers writes, before the default of 6."""
+    """`layer_types`, then `sliding_window_pattern`, then the default of 6; what transformers writes besides is not read."""
 
     def full_layers(**said: Any) -> list[int]:
         masks = read("gemma3_text", num_hidden_layers=12, **{"sliding_window_pattern": ABSENT} | said).masks
         return [i for i, mask in enumerate(masks) if mask == CAUSAL]
 
     assert full_layers() == full_layers(sliding_window_pattern=None) == [5, 11]
-    assert full_layers(_sliding_window_pattern=4) == [3, 7, 11]
+    assert full_layers(_sliding_window_pattern=4) == [5, 11]
     assert full_layers(_sliding_window_pattern=4, sliding_window_pattern=5) == [4, 9]
     types = ["full_attention"] + ["sliding_attention"] * 11
     assert full_layers(_sliding_window_pattern=4, sliding_window_pattern=5, layer_types=types) == [0]
@@ -278,6 +278,8 @@ def test_whole_floats_are_integers() -> None:
         ("llama4_text", {"attn_temperature_tuning": "yes"}, ["attn_temperature_tuning"]),
         ("llama4_text", {"attn_scale": float("nan")}, ["attn_scale"]),
         ("qwen3", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor = 0.5"]),
+        ("gpt2", {"num_attention_heads": 5}, ["n_embd = 32", "n_head = 5"]),
+        ("gemma3_text", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, ["truncate = false"]),
     ],
 )
 def test_values_that_fit_nothing_are_refused(architecture: str, changes: dict[str, Any], words: list[str]) -> None:
@@ -380,6 +382,20 @@ def test_layers_from_max_window_layers_on_see_a_window() -> None:
     assert read(**window, layer_types=["sliding_attention", "full_attention"]).masks == (sliding(7), CAUSAL)
     assert read(use_sliding_window=False, sliding_window=7, max_window_layers=0).masks == (CAUSAL, CAUSAL)
     assert read(use_sliding_window=True, sliding_window=None, max_window_layers=0).masks == (CAUSAL, CAUSAL)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_encoder_is_refused(architecture: str) -> None:
+    refused(ConfigError, lambda: read(architecture, is_causal=False), "is_causal = false", "is not supported")
+    assert read(architecture, is_causal=True) == read(architecture)
+
+
+def test_gpt2_reads_the_names_of_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    own = {"n_embd": 24, "n_positions": 50, "n_head": 3, "n_layer": 4}
+    named = {"hidden_size": 24, "max_position_embeddings": 50, "num_attention_heads": 3, "num_hidden_layers": 4}
+    assert read("gpt2", **named) == read("gpt2", **own)
+    assert read("gpt2", **own | {"num_attention_heads": 2}) == read("gpt2", **own | {"n_head": 2})
+    assert not caplog.records
 
 
 # -- keys that nobody reads --

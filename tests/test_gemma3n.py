@@ -60,13 +60,12 @@ def test_a_number_stands_for_all_layers() -> None:
         ({"altup_active_idx": 4}, ("altup_active_idx", "between 0 and 3")),
     ],
 )
-def test_what_cannot_be(changes: dict[str, Any], words: tuple[str, ...]) -> None:
+def test_values_that_fit_nothing_are_refused(changes: dict[str, Any], words: tuple[str, ...]) -> None:
     refused(ConfigError, lambda: read(**changes), *words)
 
 
 @pytest.mark.parametrize("weights", ["memory", "disk"])
-def test_the_per_layer_table_is_read_row_by_row(weights: Any) -> None:
-    """It stays mapped in its stored format: nothing of it is widened but the rows of the tokens."""
+def test_the_per_layer_table_stays_mapped_as_it_is_stored(weights: Any) -> None:
     llm = npllm.load(TRUTH / "models" / "gemma3n-bf16", backend="numpy", weights=weights)
     table = llm.model.weights.embed_tokens_per_layer.weight
     assert isinstance(table, Weight)

@@ -19,9 +19,10 @@ from npllm.errors import CheckpointError, ConfigError
 from npllm.models import interpret
 from npllm.weights import count_parameters
 from tests import strategies as our
-from tests.compare import Array, agree
+from tests.compare import agree
+from tests.experts import fused, save_model
 from tests.export import TRUTH
-from tests.models import ABSENT, make_config, make_tensors, save_tensors
+from tests.models import ABSENT, make_config, make_tensors
 from tests.refusals import refused
 from tests.steps import in_pieces
 
@@ -33,13 +34,6 @@ every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 def read(architecture: str = "deepseek_v3", **changes: Any) -> Any:
     return interpret(make_config(architecture, **changes)).config
-
-
-def write(folder: Path, config: dict[str, Any], tensors: dict[str, Array]) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_tensors(folder, tensors)
-    return folder
 
 
 # -- config.json ------------------------------------------------------------------------------------------------------
@@ -134,26 +128,13 @@ def test_an_unknown_key_beside_the_ropes_is_said(caplog: pytest.LogCaptureFixtur
 # -- tensors ----------------------------------------------------------------------------------------------------------
 
 
-def fused(tensors: dict[str, Array]) -> dict[str, Array]:
-    """Per-expert tensors as transformers 5 holds them in memory: gate above up, [E, 2F, D], and down, [E, D, F]."""
-    kept = {name: values for name, values in tensors.items() if ".experts." not in name}
-    layers = {name.partition(".mlp.experts.")[0] for name in tensors if ".mlp.experts." in name}
-    for layer in layers:
-        at = f"{layer}.mlp.experts."
-        count = sum(name.startswith(at) and name.endswith(".up_proj.weight") for name in tensors)
-        gate, up, down = (
-            np.stack([tensors[f"{at}{e}.{part}_proj.weight"] for e in range(count)]) for part in ("gate", "up", "down")
-        )
-        kept |= {f"{at}gate_up_proj": np.concatenate([gate, up], axis=1), f"{at}down_proj": down}
-    return kept
-
-
 @every_architecture
 def test_experts_one_by_one_and_fused(architecture: str, tmp_path: Path) -> None:
     config = make_config(architecture)
     each = make_tensors(config)
     assert any(name.endswith("experts.5.up_proj.weight") for name in each)
-    folders = [write(tmp_path / name, config, t) for name, t in (("each", each), ("fused", fused(each)))]
+    forms = (("each", each), ("fused", fused(each)))
+    folders = [save_model(tmp_path / name, config, tensors) for name, tensors in forms]
     one, other = (npllm.load(folder, backend="numpy").forward(IDS) for folder in folders)
     agree(other, one, "exact")
 
@@ -166,8 +147,8 @@ def test_mistral4_in_mistral3s_wrapper(before: str, tmp_path: Path) -> None:
     tensors[head] = tensors.pop("lm_head.weight")
     wrapper = {"model_type": "mistral3", "text_config": config, "vision_config": {"hidden_size": 8}}
     tower = {"vision_tower.patch_conv.weight": np.ones(3, np.float32)}
-    wrapped = npllm.load(write(tmp_path / "wrapped", wrapper, tensors | tower), backend="numpy")
-    plain = npllm.load(write(tmp_path / "plain", config, make_tensors(config)), backend="numpy")
+    wrapped = npllm.load(save_model(tmp_path / "wrapped", wrapper, tensors | tower), backend="numpy")
+    plain = npllm.load(save_model(tmp_path / "plain", config, make_tensors(config)), backend="numpy")
     agree(wrapped.forward(IDS), plain.forward(IDS), "exact")
 
 
@@ -179,8 +160,8 @@ def test_a_model_without_shared_experts(tmp_path: Path) -> None:
     none = {name: values for name, values in with_one.items() if "shared_experts" not in name}
     shapes = {"gate_proj": (0, 32), "up_proj": (0, 32), "down_proj": (32, 0)}
     none |= {f"model.layers.1.mlp.shared_experts.{k}.weight": np.zeros(v, np.float32) for k, v in shapes.items()}
-    want = npllm.load(write(tmp_path / "silent", make_config("deepseek_v3"), silent), backend="numpy").forward(IDS)
-    agree(npllm.load(write(tmp_path / "none", config, none), backend="numpy").forward(IDS), want, "reordered")
+    want = npllm.load(save_model(tmp_path / "silent", make_config("deepseek_v3"), silent), backend="numpy").forward(IDS)
+    agree(npllm.load(save_model(tmp_path / "none", config, none), backend="numpy").forward(IDS), want, "reordered")
 
 
 def test_an_expert_that_is_missing_or_too_many_is_named(tmp_path: Path) -> None:
@@ -188,9 +169,9 @@ def test_an_expert_that_is_missing_or_too_many_is_named(tmp_path: Path) -> None:
     tensors = make_tensors(config)
     lost = "model.layers.1.mlp.experts.4.up_proj.weight"
     fewer = {name: values for name, values in tensors.items() if name != lost}
-    refused(CheckpointError, lambda: npllm.load(write(tmp_path, config, fewer)), lost, "missing")
+    refused(CheckpointError, lambda: npllm.load(save_model(tmp_path, config, fewer)), lost, "missing")
     more = tensors | {lost.replace("4", "6"): tensors[lost]}
-    refused(CheckpointError, lambda: npllm.load(write(tmp_path, config, more)), "experts.6.up_proj", "not expected")
+    refused(CheckpointError, lambda: npllm.load(save_model(tmp_path, config, more)), "experts.6.up_proj", "not expected")
 
 
 # -- latent attention -------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Mixtral, Qwen2-MoE and Qwen3-MoE: what their config.json may say, and how the tensors of their experts may be stored."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ from npllm.config import MOST_EXPERTS
 from npllm.errors import CheckpointError, ConfigError
 from npllm.models import interpret
 from npllm.weights import active_parameters, count_parameters
-from tests.compare import Array, agree
-from tests.models import ABSENT, make_config, make_tensors, save_tensors
+from tests.compare import agree
+from tests.experts import MLP, fused, save_model
+from tests.models import ABSENT, make_config, make_tensors
 from tests.refusals import refused
 
 ARCHITECTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
@@ -145,39 +145,21 @@ def test_a_token_meets_the_experts_that_it_chooses(architecture: str) -> None:
 # -- tensors ----------------------------------------------------------------------------------------------------------
 
 
-def write(folder: Path, config: dict[str, Any], tensors: dict[str, Array]) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_tensors(folder, tensors)
-    return folder
-
-
 # Where the published files keep experts, and what they call gate, up and down.
 PLACES = {
     "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
-    "qwen2_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
-    "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+    "qwen2_moe": MLP,
+    "qwen3_moe": MLP,
 }
-
-
-def fused(architecture: str, tensors: dict[str, Array]) -> dict[str, Array]:
-    """Per-expert tensors as transformers 5 holds them in memory: gate above up, [E, 2F, D], and down, [E, D, F]."""
-    module, *names = PLACES[architecture]
-    kept = {name.replace(f".{module}.", ".mlp."): x for name, x in tensors.items() if ".experts." not in name}
-    for layer in range(2):
-        at = f"model.layers.{layer}.{module}.experts"
-        gate, up, down = (np.stack([tensors[f"{at}.{e}.{name}.weight"] for e in range(6)]) for name in names)
-        at = f"model.layers.{layer}.mlp.experts"
-        kept |= {f"{at}.gate_up_proj": np.concatenate([gate, up], axis=1), f"{at}.down_proj": down}
-    return kept
 
 
 @every_architecture
 def test_experts_one_by_one_and_fused(architecture: str, tmp_path: Path) -> None:
     config = make_config(architecture)
     each = make_tensors(config)
-    forms = {"each": each, "fused": fused(architecture, each)}
-    one, other = (npllm.load(write(tmp_path / name, config, t), backend="numpy").forward(IDS) for name, t in forms.items())
+    forms = (("each", each), ("fused", fused(each, PLACES[architecture])))
+    folders = [save_model(tmp_path / name, config, tensors) for name, tensors in forms]
+    one, other = (npllm.load(folder, backend="numpy").forward(IDS) for folder in folders)
     agree(other, one, "exact")
 
 
@@ -190,8 +172,8 @@ def test_a_number_of_experts_that_the_tensors_contradict(architecture: str, said
     module, gate, *_ = PLACES[architecture]
     expert = f"model.layers.0.{module}.experts.{min(said, 6)}.{gate}.weight"
     words = ["not expected"] if said == 5 else [expert, "missing"]
-    refused(CheckpointError, lambda: npllm.load(write(tmp_path / "each", config, each)), "experts", *words)
-    stacked = write(tmp_path / "fused", config, fused(architecture, each))
+    refused(CheckpointError, lambda: npllm.load(save_model(tmp_path / "each", config, each)), "experts", *words)
+    stacked = save_model(tmp_path / "fused", config, fused(each, PLACES[architecture]))
     refused(CheckpointError, lambda: npllm.load(stacked), "has shape [6, ", f"the config asks for [{said}, ")
 
 
@@ -201,5 +183,5 @@ def test_an_expert_of_another_width(architecture: str, tmp_path: Path) -> None:
     module, gate, *_ = PLACES[architecture]
     name = f"model.layers.1.{module}.experts.3.{gate}.weight"
     tensors[name] = tensors[name][:-1]
-    folder = write(tmp_path, make_config(architecture), tensors)
+    folder = save_model(tmp_path, make_config(architecture), tensors)
     refused(CheckpointError, lambda: npllm.load(folder), name, "[13, 32]", "[14, 32]")

@@ -73,7 +73,7 @@ def attend(be: Backend, given: Parameters, t: Tensors) -> Array:
 @either_form
 @both_dtypes
 @cases_of("mla")
-def test_latent_attention(
+def test_both_forms_give_what_transformers_gives(
     make: type[Backend], absorbed: bool, file: str, case: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given, t, limit = lookup(file, case, dtype)

@@ -52,7 +52,7 @@ ODDS = [[0.0, math.log(2), math.log(5)]]
         (Router(3, scores="sigmoid"), [2, 1, 0], [5 / 6, 2 / 3, 1 / 2]),
     ],
 )
-def test_router_of_three_experts(xp: Any, router: Router, index: list[int], weights: list[float]) -> None:
+def test_weights_of_the_chosen_of_three_experts(xp: Any, router: Router, index: list[int], weights: list[float]) -> None:
     logits_ME = f32(*ODDS)
     with unmodified(logits_ME):
         index_MC, weight_MC = blocks.route(xp, logits_ME, router)
@@ -112,7 +112,7 @@ def dense(index_MC: Array, weight_MC: Array, experts: int) -> Array:
 @every_backend
 @both_dtypes
 @cases_of("routers")
-def test_routers(make: type[Backend], file: str, case: str, dtype: str) -> None:
+def test_routers_choose_and_weigh_as_transformers(make: type[Backend], file: str, case: str, dtype: str) -> None:
     given, t, limit = lookup(file, case, dtype)
     be, router = make(dtype), config_of(given).router
     with unmodified(*t.values()):
@@ -164,7 +164,7 @@ def test_the_truth_tells_a_correction_in_the_weights(case: str) -> None:
 @every_backend
 @both_dtypes
 @cases_of("moe", "moe_shared")
-def test_mixtures(make: type[Backend], file: str, case: str, dtype: str) -> None:
+def test_mixtures_give_what_transformers_gives(make: type[Backend], file: str, case: str, dtype: str) -> None:
     given, t, limit = lookup(file, case, dtype)
     with unmodified(*t.values()):
         y_MD = mixture(make(dtype), given, t, t["x"])
@@ -173,8 +173,7 @@ def test_mixtures(make: type[Backend], file: str, case: str, dtype: str) -> None
 
 @both_dtypes
 @cases_of("moe")
-def test_mixtures_by_token(xp: Any, file: str, case: str, dtype: str) -> None:
-    """The definition, one token after the other, against the same outputs."""
+def test_the_definition_by_token_gives_what_transformers_gives(xp: Any, file: str, case: str, dtype: str) -> None:
     given, t, limit = lookup(file, case, dtype)
     be, llama4, act = Backend(dtype), given["model"] == "llama4_text", given["hidden_act"]
     index_MC, weight_MC = be.route(t["x"], gate_of(t, "router." if llama4 else "gate."), config_of(given).router)

@@ -32,7 +32,10 @@ def altup_correct(xp: Namespace, p_MAD: Array, computed_MD: Array, active: int, 
 
 @widened
 def match_rms(xp: Namespace, y_MD: Array, x_MD: Array) -> Array:
-    """`y` scaled, token by token, to the root mean square of `x` -> y_MD; a `y` near zero is not blown up."""
+    """`y` scaled, token by token, to the root mean square of `x` -> y_MD; a `y` near zero is not blown up.
+
+    Gemma 3n's own (no paper says it; after transformers): further streams get the size of the first, there and back.
+    """
     wanted_M1 = xp.sqrt(xp.mean(xp.square(x_MD), axis=-1, keepdims=True))
     square_M1 = xp.maximum(xp.mean(xp.square(y_MD), axis=-1, keepdims=True), y_MD.dtype.type(LEAST_SQUARE))
     scaled_MD = y_MD * wanted_M1

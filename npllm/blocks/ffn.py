@@ -103,7 +103,7 @@ def gaussian_topk(xp: Namespace, gate_F: Array, sparsity: float) -> Array:
     quantile `z` of `sparsity`, 0 < sparsity < 1, both rounded to the dtype: a top-k without sorting (Spark Transformer,
     You et al. 2025, arXiv 2506.06644). What passes the cut is what it exceeds the cut by.
     """
-    from statistics import NormalDist  # slow to import, and one model in twenty needs it
+    from statistics import NormalDist  # slow to import, and few models need it
 
     quantile = NormalDist().inv_cdf(float(gate_F.dtype.type(sparsity)))
     mean_F1 = xp.mean(gate_F, axis=-1, keepdims=True)

@@ -46,7 +46,10 @@ def top_k(xp: Namespace, scores_ME: Array, k: int) -> Array:
 
 
 def eligible(xp: Namespace, ranks_ME: Array, router: Router) -> Array:
-    """`ranks_ME` with -inf outside the best groups (DeepSeek V2, arXiv 2405.04434, section 2.2.2) -> ranks_ME."""
+    """`ranks_ME` with -inf outside the best groups (DeepSeek V2, arXiv 2405.04434, section 2.2.2) -> ranks_ME.
+
+    transformers' DeepSeek V2 writes 0 there: the same, since no softmax is below 0. With a correction ranks may be.
+    """
     if router.groups == router.kept_groups:
         return ranks_ME
     M, E = ranks_ME.shape

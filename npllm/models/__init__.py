@@ -79,21 +79,25 @@ def read_config(folder: Path) -> Described:
     return interpret(*mistral_native.read_described(folder))
 
 
+def text_part(values: dict[str, Any]) -> dict[str, Any]:
+    """The text model's configuration out of a multimodal wrapper's, with what it takes from there."""
+    text: dict[str, Any] = values[NESTED]
+    inherited = {key: values[key] for key in INHERITED if key in values and text.get(key) is None}
+    if (wrapper := values.get("model_type")) in WRAPPERS and "model_type" not in text:
+        inherited["model_type"] = WRAPPERS[wrapper]
+    # Either part may say that the head is tied. A head that is stored counts before both (npllm.matching.match).
+    tied = {"tie_word_embeddings": True} if values.get("tie_word_embeddings") is True else {}
+    return text | inherited | tied
+
+
 def interpret(values: dict[str, Any], name: str = "config.json", warn: Callable[..., None] = log.warning) -> Described:
     """A parsed config.json -> its architecture and Config; ConfigError names the field that does not fit.
 
     `warn` as in npllm.config.Reader.
     """
-    text = values.get(NESTED)
-    if isinstance(text, dict):
+    if isinstance(values.get(NESTED), dict):
         warn("%s: a multimodal model; only its text part runs", name)
-        inherited = {key: values[key] for key in INHERITED if key in values and text.get(key) is None}
-        if (wrapper := values.get("model_type")) in WRAPPERS and "model_type" not in text:
-            inherited["model_type"] = WRAPPERS[wrapper]
-        # Either part may say that the head is tied. A head that is stored counts before both (npllm.weights.match).
-        if values.get("tie_word_embeddings") is True:
-            text = text | {"tie_word_embeddings": True}
-        values, name = text | inherited, f"{name}: {NESTED}"
+        values, name = text_part(values), f"{name}: {NESTED}"
     if "auto_map" in values:
         warn("%s: its auto_map names code of the checkpoint's author; npllm never runs it", name)
     kind = values.get("model_type")
@@ -103,6 +107,8 @@ def interpret(values: dict[str, Any], name: str = "config.json", warn: Callable[
     block = read_block(values, name)
     architecture = import_module(f"npllm.models.{REGISTRY[kind]}")
     reader = Reader(values, name, warn)
+    # False would make an encoder of any of them: every token would see those after it.
+    reader.only("is_causal", True)
     config = architecture.Config.read(reader)
     reader.finish(getattr(architecture, "IGNORED", ()))
     return Described(architecture, config, values, block)

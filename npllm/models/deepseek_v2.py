@@ -1,18 +1,20 @@
 """DeepSeek V2, V2.5 and V2-Lite (arXiv 2405.04434); truth: transformers 5.23.
 
-| against Llama 3 | here                                                                                              |
-|-----------------|---------------------------------------------------------------------------------------------------|
-| attention       | latent (MLA): keys and values of all heads come from one vector of kv_lora_rank numbers per token |
-| queries         | by way of a latent vector of q_lora_rank numbers; V2-Lite, where that is null, directly           |
-| RoPE            | interleaved, on the last qk_rope_head_dim numbers of a query and on one key that all heads share  |
-| scale           | head_dim^-0.5; with yarn's mscale_all_dim times (0.1 mscale_all_dim ln(factor) + 1)^2             |
-| cache           | the latent vector after its norm and the shared key: 576 numbers per token and layer              |
-| FFN             | dense in the first layers; then num_experts_per_tok of n_routed_experts, plus shared experts      |
+| against Llama 3 | here                                                                                               |
+|-----------------|----------------------------------------------------------------------------------------------------|
+| norms           | the same; besides, of both latent vectors (eps 1e-6, whatever rms_norm_eps is)                     |
+| attention       | latent (MLA): keys and values of all heads come from one vector of kv_lora_rank numbers per token  |
+| queries         | by way of a latent vector of q_lora_rank numbers; V2-Lite, where that is null, directly            |
+| RoPE            | interleaved, on the last qk_rope_head_dim numbers of a query and on one key that all heads share   |
+| RoPE scaling    | theta 1e4; yarn, 40 times 4096 positions                                                           |
+| scale           | head_dim^-0.5; with yarn's mscale_all_dim times (0.1 mscale_all_dim ln(factor) + 1)^2              |
+| cache           | the latent vector after its norm and the shared key: 576 numbers per token and layer               |
+| FFN             | dense in the first layers; then num_experts_per_tok of n_routed_experts, plus shared experts       |
 | router          | softmax; "group_limited_greedy" keeps the groups with the best single experts, "greedy" knows none |
-| its weights     | the scores times routed_scaling_factor; they do not sum to 1                                      |
+| its weights     | the scores times routed_scaling_factor; they do not sum to 1                                       |
 
 A layer has experts if its index is at least first_k_dense_replace and divisible by moe_layer_freq (1 in every published
-file; transformers knows it not). norm_topk_prob, false in every published file, is without effect, as in transformers.
+file; transformers does not read it). norm_topk_prob, false in every published file, is without effect, as in transformers.
 """
 
 from __future__ import annotations

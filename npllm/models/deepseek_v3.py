@@ -2,17 +2,20 @@
 
 | against Llama 3 | here                                                                                              |
 |-----------------|---------------------------------------------------------------------------------------------------|
+| norms           | the same; besides, of both latent vectors (eps 1e-6, whatever rms_norm_eps is)                    |
 | attention       | latent (MLA): keys and values of all heads come from one vector of kv_lora_rank numbers per token |
 | queries         | by way of a latent vector of q_lora_rank numbers; where that is null, directly                    |
 | RoPE            | interleaved, on the last qk_rope_head_dim numbers of a query and on one key that all heads share  |
+| RoPE scaling    | theta 1e4; yarn, 40 times 4096 positions; Kimi K2: 5e4, 32 times                                  |
 | scale           | head_dim^-0.5; with yarn's mscale_all_dim times (0.1 mscale_all_dim ln(factor) + 1)^2             |
 | cache           | the latent vector after its norm and the shared key: 576 numbers per token and layer              |
 | FFN             | dense in the first layers; then num_experts_per_tok of n_routed_experts, plus shared experts      |
 | router          | sigmoid; a bias decides on the choice and not on the weights; groups by the sum of their two best |
+| its weights     | the chosen scores divided by their sum (norm_topk_prob), times routed_scaling_factor (V3: 2.5)    |
 | left out        | the layers that predict further tokens (MTP), stored after the last layer                         |
 
-A layer has experts if its index is at least first_k_dense_replace and divisible by moe_layer_freq. transformers knows no
-moe_layer_freq; every published file has 1.
+A layer has experts if its index is at least first_k_dense_replace and divisible by moe_layer_freq (1 in every published
+file; transformers does not read it).
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
 """Gemma 3, 270m to 27B, the text part (arXiv 2503.19786); truth: transformers 5.23.
 
-| against Llama 3 | here                                                                                     |
-|-----------------|------------------------------------------------------------------------------------------|
-| embedding       | times sqrt(hidden_size), rounded to the dtype of the arithmetic                          |
-| norms           | RMSNorm with gain 1 + w, before and after attention and FFN: x + norm(branch(norm(x)))   |
-| qk-norm         | RMSNorm with gain 1 + w over each head of q and k, before RoPE                           |
-| attention       | scale query_pre_attn_scalar^-0.5                                                         |
-| mask            | five layers see a window (512; 1024 from 4B on), the sixth everything                    |
-| head_dim        | a field of its own: heads x head_dim need not be the hidden size                         |
-| RoPE            | half-split; sliding layers theta 1e4; global ones 1e6, from 4B on slowed by 8 (linear)   |
-| FFN             | GeGLU (tanh form)                                                                        |
-| output head     | tied to the embedding                                                                    |
-| class defaults  | count: the published 4B names six fields only                                            |
+| against Llama 3 | here                                                                                      |
+|-----------------|-------------------------------------------------------------------------------------------|
+| embedding       | times sqrt(hidden_size), rounded to the dtype of the arithmetic                           |
+| norms           | RMSNorm with gain 1 + w, before and after attention and FFN: x + norm(branch(norm(x)))    |
+| qk-norm         | RMSNorm with gain 1 + w over each head of q and k, before RoPE                            |
+| attention       | scale query_pre_attn_scalar^-0.5                                                          |
+| mask            | five layers see a window (512; 1024 from 4B on), the sixth everything                     |
+| head_dim        | a field of its own: heads x head_dim need not be the hidden size                          |
+| RoPE            | half-split; sliding layers theta 1e4; global ones 1e6, from 4B on slowed by 8 (linear)    |
+| FFN             | GeGLU (tanh form)                                                                         |
+| output head     | tied to the embedding; logits capped if final_logit_softcapping says so (published: null) |
+| class defaults  | count: the published 4B names six fields only                                             |
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Config(DecoderConfig):
         reader.only("use_bidirectional_attention", False)
         if reader.raw("attn_logit_softcapping") is not None:
             reader.warn("%s: attn_logit_softcapping has no effect on Gemma 3, here as in transformers", reader.name)
-        # transformers writes the pattern with an underscore, beside the layer_types that follow from it.
-        full_every = reader.integer("sliding_window_pattern", reader.integer("_sliding_window_pattern", 6))
+        # transformers also writes _sliding_window_pattern, beside the layer_types that follow from it, and never reads it.
+        full_every = reader.integer("sliding_window_pattern", 6)
         return cls(
             **fields,
             attention_bias=reader.flag("attention_bias", False),

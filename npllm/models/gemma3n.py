@@ -1,16 +1,16 @@
 """Gemma 3n, E2B and E4B, the text part (published 2025-06 without a paper); truth: transformers 5.23.
 
-| against Llama 3  | here                                                                                               |
-|------------------|----------------------------------------------------------------------------------------------------|
-| residual stream  | four (AltUp, arXiv 2301.13310): a layer predicts all, computes on one, corrects all                |
-| per-layer input  | a vector per token and layer from a table of its own, gated by the active stream, to streams 1, 2, 3 |
-| norms            | with gain w, before and after attention and FFN; of each head of q and k; of v, without a gain       |
-| LAuReL           | a low-rank branch beside attention (arXiv 2411.07501); the sum of both is divided by sqrt(2)         |
-| attention        | scale 1; four layers see a window of 512, the fifth everything; another RoPE base for each kind      |
-| KV sharing       | the last layers have no keys and values: they read those of the last layer of their kind that has    |
-| FFN              | GeGLU; in the first ten layers a cut lets 5 % of the gates through (Spark, arXiv 2506.06644)         |
-| MatFormer        | a width for each layer: a prefix of the features is a model too (arXiv 2310.07707, npllm.matformer)  |
-| embedding, head  | embedding times sqrt(D); tied head, logits capped at 30                                              |
+| against Llama 3 | here                                                                                                 |
+|-----------------|------------------------------------------------------------------------------------------------------|
+| residual stream | four (AltUp, arXiv 2301.13310): a layer predicts all, computes on one, corrects all                  |
+| per-layer input | a vector per token and layer from a table of its own, gated by the active stream, to streams 1, 2, 3 |
+| norms           | with gain w, before and after attention and FFN; of each head of q and k; of v, without a gain       |
+| LAuReL          | a low-rank branch beside attention (arXiv 2411.07501); the sum of both is divided by sqrt(2)         |
+| attention       | scale 1; four layers see a window of 512, the fifth everything; another RoPE base for each kind      |
+| KV sharing      | the last layers have no keys and values: they read those of the last layer of their kind that has    |
+| FFN             | GeGLU; in the first ten layers a cut lets 5 % of the gates through (Spark, arXiv 2506.06644)         |
+| MatFormer       | a width for each layer: a prefix of the features is a model too (arXiv 2310.07707, npllm.matformer)  |
+| embedding, head | embedding times sqrt(D); tied head, logits capped at 30                                              |
 """
 
 from __future__ import annotations
@@ -111,6 +111,7 @@ def read_layers(reader: Reader, fields: dict[str, Any], inner: tuple[int, ...]) 
     ropes = [fields["rope"] if mask == CAUSAL else fields["local_rope"] for mask in masks]
     by_default = [0.95 if i < 10 < count else 0.0 for i in range(count)]
     sparsity = read_per_layer(reader, key, count, lambda r, key: r.real(key, 0.0, positive=False), by_default)
+    # In float32, since 0.99999999 is 1 there, and 1 has no quantile.
     if not all(0 <= np.float32(share) < 1 for share in sparsity):
         raise reader.fail(key, "must lie from 0 up to, but not at, 1")
     return tuple(map(Layer, masks, ropes, inner, sparsity, sources))

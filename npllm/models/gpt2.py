@@ -26,6 +26,18 @@ from npllm.weights import MLP, Bundle, Spec, Tensor, head_spec, norm_spec, under
 # Mask buffers that the published files carry beside the weights.
 BUFFERS = r"h\.\d+\.attn\.(bias|masked_bias)"
 
+# Names of every other architecture, which transformers reads here too and lets count before GPT-2's own.
+NAMES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+
+# Summaries and training aids, the old name of n_positions, and how the reference orders its arithmetic.
+IGNORED = """n_ctx reorder_and_upcast_attn summary_activation summary_first_dropout summary_proj_to_labels
+    summary_type summary_use_proj""".split()
+
 
 @dataclass(frozen=True)
 class Config:
@@ -45,6 +57,7 @@ class Config:
 
     @classmethod
     def read(cls, reader: Reader) -> Config:
+        reader = reader.seeing(**{own: reader.raw(name) for name, own in NAMES.items() if reader.raw(name) is not None})
         width, heads = reader.integer("n_embd", 768), reader.integer("n_head", 12)
         head_dim = divide(reader, "n_embd", width, "n_head", heads)
         layers = reader.integer("n_layer", 12, most=MOST_LAYERS)
@@ -67,11 +80,6 @@ class Config:
     @property
     def max_position_embeddings(self) -> int:
         return self.n_positions
-
-
-# Summaries and training aids, the old name of n_positions, and how the reference orders its arithmetic.
-IGNORED = """n_ctx reorder_and_upcast_attn summary_activation summary_first_dropout summary_proj_to_labels
-    summary_type summary_use_proj""".split()
 
 
 def weight_spec(c: Config) -> Spec:

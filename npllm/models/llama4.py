@@ -1,14 +1,15 @@
 """Llama 4, the text part of Scout and Maverick (Meta, April 2025); truth: transformers 5.23.
 
-| against Llama 3 | here                                                                                            |
-|-----------------|-------------------------------------------------------------------------------------------------|
-| RoPE            | interleaved pairs, as the checkpoint stores them; every fourth layer has none (NoPE)            |
-| mask            | with RoPE: aligned chunks of 8192 positions; NoPE layers see everything                         |
-| qk-norm         | Scout: unit RMS (no gain) over each head of q and k, after RoPE, on RoPE layers only            |
-| temperature     | NoPE layers: q times 1 + 0.1 ln(1 + floor((position + 1) / 8192))                               |
+| against Llama 3 | here                                                                                             |
+|-----------------|--------------------------------------------------------------------------------------------------|
+| RoPE            | interleaved pairs, as the checkpoint stores them; every fourth layer has none (NoPE)             |
+| RoPE scaling    | theta 5e5; Scout's file asks for the llama3 scaling, Maverick's for none                         |
+| mask            | with RoPE: aligned chunks of 8192 positions; NoPE layers see everything                          |
+| qk-norm         | Scout: unit RMS (no gain) over each head of q and k, after RoPE, on RoPE layers only             |
+| temperature     | NoPE layers: q times 1 + 0.1 ln(1 + floor((position + 1) / 8192))                                |
 | FFN             | Scout: all layers MoE; Maverick: odd ones, the even ones dense and wider (intermediate_size_mlp) |
-| router          | the top 1 of the raw logits; its sigmoid scales the expert's input, not the output              |
-| experts         | stored as two stacks, [E, in, out] with gate before up; besides them one shared expert          |
+| router          | the top 1 of the raw logits; its sigmoid scales the expert's input, not the output               |
+| experts         | stored as two stacks, [E, in, out] with gate before up; besides them one shared expert           |
 """
 
 from __future__ import annotations
@@ -170,8 +171,8 @@ def feed_forward(be: Backend, c: Config, layer: Layer, w: Any, x_MD: Array) -> A
         return be.gated_ffn(x_MD, ffn, c.hidden_act, norm=norm, residual_MD=x_MD)
     h_MD = be.mark("moe.input", be.normed(x_MD, norm))
     index_MC, weight_MC = be.route(h_MD, ffn.router, c.router)
-    routed_MD = be.mark("moe.output", be.moe(h_MD, ffn.experts, index_MC, weight_MC, c.hidden_act, weigh="input"))
-    return be.gated_ffn(h_MD, ffn.shared_expert, c.hidden_act, residual_MD=x_MD + routed_MD)
+    routed_MD = be.mark("moe.routed", be.moe(h_MD, ffn.experts, index_MC, weight_MC, c.hidden_act, weigh="input"))
+    return x_MD + routed_MD + be.mark("moe.shared", be.gated_ffn(h_MD, ffn.shared_expert, c.hidden_act))
 
 
 def forward(be: Backend, c: Config, w: Any, tokens_M: Array, rows: Rows, cache: Cache) -> Array:

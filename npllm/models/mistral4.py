@@ -2,6 +2,7 @@
 
 | against Llama 3 | here                                                                                              |
 |-----------------|---------------------------------------------------------------------------------------------------|
+| norms           | the same; besides, of both latent vectors (eps 1e-6, whatever rms_norm_eps is)                    |
 | attention       | latent (MLA): keys and values of all heads come from one vector of kv_lora_rank numbers per token |
 | queries         | by way of a latent vector; after RoPE times 1 + beta ln(1 + floor(position / trained context))    |
 | RoPE            | interleaved, on the last qk_rope_head_dim numbers of a query and on one key that all heads share  |

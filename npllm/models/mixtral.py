@@ -96,7 +96,7 @@ def block(be: Backend, c: Config, w: Any, x_MD: Array, angles: Angles, rows: Row
     h_MD = be.mark("moe.input", be.rms_norm(x_MD, w.post_attention_layernorm, c.rms_norm_eps))
     index_MC, weight_MC = be.route(h_MD, w.block_sparse_moe.router, c.router)
     routed_MD = be.moe(h_MD, w.block_sparse_moe.experts, index_MC, weight_MC, c.hidden_act)
-    return be.mark("output", x_MD + be.mark("moe.output", routed_MD))
+    return be.mark("output", x_MD + be.mark("moe.routed", routed_MD))
 
 
 def forward(be: Backend, c: Config, w: Any, tokens_M: Array, rows: Rows, cache: Cache) -> Array:

@@ -1,13 +1,13 @@
 """OLMo 2, 1B to 32B (arXiv 2501.00656); truth: transformers 5.23.
 
-| against Llama 3 | here                                                                                      |
-|-----------------|-------------------------------------------------------------------------------------------|
-| norms           | none before attention and FFN, one after each, inside the residual: x + norm(branch(x))    |
-| qk-norm         | RMSNorm of q and of k over the whole projection (one mean over all heads), before RoPE    |
-| attention       | as many key/value heads as heads; grouped in the 32B                                      |
-| RoPE            | half-split, theta 5e5, not scaled                                                         |
-| output head     | own matrix                                                                                |
-| class defaults  | rms_norm_eps 1e-5 (published: 1e-6)                                                       |
+| against Llama 3 | here                                                                                    |
+|-----------------|-----------------------------------------------------------------------------------------|
+| norms           | none before attention and FFN, one after each, inside the residual: x + norm(branch(x)) |
+| qk-norm         | RMSNorm of q and of k over the whole projection (one mean over all heads), before RoPE  |
+| attention       | as many key/value heads as heads; grouped in the 32B                                    |
+| RoPE            | half-split, theta 5e5, not scaled                                                       |
+| output head     | own matrix                                                                              |
+| class defaults  | rms_norm_eps 1e-5 (published: 1e-6)                                                     |
 """
 
 from __future__ import annotations

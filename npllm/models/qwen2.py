@@ -1,11 +1,11 @@
 """Qwen2 (arXiv 2407.10671) and Qwen2.5 (arXiv 2412.15115), dense; truth: transformers 5.23.
 
-| against Llama 3 | here                                                                                   |
-|-----------------|----------------------------------------------------------------------------------------|
-| biases          | always on q, k and v, never on o                                                       |
-| mask            | causal; with use_sliding_window, layers from max_window_layers on see a window         |
+| against Llama 3 | here                                                                                    |
+|-----------------|-----------------------------------------------------------------------------------------|
+| biases          | always on q, k and v, never on o                                                        |
+| mask            | causal; with use_sliding_window, layers from max_window_layers on see a window          |
 | RoPE            | half-split, theta 1e6; yarn when the config asks (2.5: factor 4 beyond 32768 positions) |
-| output head     | tied to the embedding up to 3B                                                         |
+| output head     | tied to the embedding up to 3B                                                          |
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ def block(
 def moe_ffn(be: Backend, c: Config, w: Any, h_MD: Array) -> Array:
     """The chosen experts' sum, and the shared expert weighed by its own gate -> y_MD."""
     index_MC, weight_MC = be.route(h_MD, w.router, c.router)
-    routed_MD = be.mark("moe.output", be.moe(h_MD, w.experts, index_MC, weight_MC, c.hidden_act))
+    routed_MD = be.mark("moe.routed", be.moe(h_MD, w.experts, index_MC, weight_MC, c.hidden_act))
     weight_M1 = sigmoid(be.xp, be.linear(h_MD, w.shared_expert_gate))
     shared_MD = be.gated_ffn(h_MD, w.shared_expert, c.hidden_act)
     return routed_MD + be.mark("moe.shared", weight_M1 * shared_MD)

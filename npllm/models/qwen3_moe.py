@@ -111,7 +111,7 @@ def block(be: Backend, c: Config, w: Any, x_MD: Array, angles: Angles, rows: Row
     h_MD = be.mark("moe.input", be.normed(x_MD, norm))
     index_MC, weight_MC = be.route(h_MD, w.mlp.router, c.router)
     routed_MD = be.moe(h_MD, w.mlp.experts, index_MC, weight_MC, c.hidden_act)
-    return be.mark("output", x_MD + be.mark("moe.output", routed_MD))
+    return be.mark("output", x_MD + be.mark("moe.routed", routed_MD))
 
 
 def forward(be: Backend, c: Config, w: Any, tokens_M: Array, rows: Rows, cache: Cache) -> Array:

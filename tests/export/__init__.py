@@ -6,8 +6,10 @@
     python -m tests.export --only blocks            # the operations
     python -m tests.export --list                   # the cases and what each is for
 
-`cases/` declares the model cases, a file per family, `models.py` runs them, `blocks/` runs single operations,
-`float64.py` makes transformers compute in float64 throughout. `tests/truth/README.md` describes the files.
+`cases/` declares the model cases, a file per family, and `models.py` runs them: `fp8.py` stores their weights in FP8,
+`matformer.py` cuts them out of another case, `float64.py` makes transformers compute in float64 throughout. `blocks/` runs
+single operations. `chat_templates.py` and `pickles.py` are programs of their own. `tests/truth/README.md` describes the
+files.
 """
 
 import json

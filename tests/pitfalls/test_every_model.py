@@ -24,18 +24,25 @@ from tests.test_tokenizer import BOS, HELLO, made
 HI = [{"role": "user", "content": "Hello"}]
 
 
+def with_bos(folder: Path, chat_template: str) -> npllm.LLM:
+    """A model whose tokenizer puts BOS around a text that is no conversation, as Gemma's does."""
+    made(make_checkpoint(folder), adds_bos=True, bos_token=END, chat_template=chat_template)
+    return npllm.load(folder, backend="numpy")
+
+
 def test_pitfall_07_exactly_one_bos(tmp_path: Path) -> None:
-    """A template writes it, and so does the tokenizer around a text that is no conversation, as Gemma's do."""
-    folder = make_checkpoint(tmp_path)
-    made(folder, adds_bos=True, bos_token=END, chat_template="{{ bos_token }}{{ messages[0].content }}")
-    llm = npllm.load(folder, backend="numpy")
-    wanted = [BOS, *HELLO]
+    llm, wanted = with_bos(tmp_path, "{{ bos_token }}{{ messages[0].content }}"), [BOS, *HELLO]
     assert llm.chat_tokens(HI) == wanted
     assert llm.tokenizer.apply_chat_template(HI) == wanted
     assert llm.chat(HI, max_tokens=1).usage.prompt_tokens == len(wanted)
     for text in ("Hello", END + "Hello"):
         assert llm.score(text).tokens == wanted
         assert llm.generate(text, max_tokens=1).usage.prompt_tokens == len(wanted)
+
+
+def test_pitfall_07_a_template_without_bos_gets_none(tmp_path: Path) -> None:
+    llm = with_bos(tmp_path, "{{ messages[0].content }}")
+    assert llm.chat_tokens(HI) == llm.tokenizer.apply_chat_template(HI) == HELLO
 
 
 def coarse(positions_M: Array) -> Array:

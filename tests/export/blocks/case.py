@@ -50,8 +50,3 @@ def drawn(module: nn.Module, dice: torch.Generator, *, columns_first: bool = Fal
         else:
             weights[name] = 1.6 * weight.shape[-2 if columns_first and weight.ndim == 3 else -1] ** -0.5 * noise
     return weights
-
-
-def relative(got: Tensor, want: Tensor) -> float:
-    """||got - want|| / ||want||"""
-    return float((got.double() - want.double()).norm() / want.double().norm())

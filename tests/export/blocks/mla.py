@@ -11,7 +11,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Atten
 from transformers.models.mistral4.modeling_mistral4 import Mistral4Attention, Mistral4RotaryEmbedding
 
 from ..cases.case import rope
-from .case import Cases, Parameters, Tensors, both, drawn, fill, normal, relative, seeded
+from ..models import relative
+from .case import Cases, Parameters, Tensors, both, drawn, fill, normal, seeded
 
 
 class Classes(NamedTuple):

@@ -22,7 +22,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, 
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock, Qwen2MoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock, Qwen3MoeTopKRouter
 
-from .case import Cases, Parameters, Tensors, both, drawn, fill, normal, relative, seeded
+from ..models import relative
+from .case import Cases, Parameters, Tensors, both, drawn, fill, normal, seeded
 
 
 class Classes(NamedTuple):

@@ -61,6 +61,17 @@ def rope(theta: float, rope_type: str = "default", **scaling: Any) -> dict[str, 
 
 IDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
 
+DENSE: dict[str, Any] = IDS | {
+    "hidden_size": 36,
+    "intermediate_size": 44,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "max_position_embeddings": 64,
+}
+"""The shape of most dense models; each family adds its vocabulary, so that no two have the same."""
+
 SCALED = {"head_dim": 12, "tie_word_embeddings": True}
 """Six frequencies instead of five, so that each band of a scaling rule holds some; tied, to stay small."""
 

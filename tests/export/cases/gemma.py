@@ -4,7 +4,7 @@ from typing import Any
 
 from .case import IDS, LLAMA3, Case, rope
 
-GEMMA2: dict[str, Any] = IDS | {
+SIZES: dict[str, Any] = IDS | {
     "vocab_size": 97,
     "hidden_size": 30,
     "intermediate_size": 34,
@@ -14,6 +14,9 @@ GEMMA2: dict[str, Any] = IDS | {
     "head_dim": 10,
     "max_position_embeddings": 64,
     "sliding_window": 7,
+}
+
+GEMMA2: dict[str, Any] = SIZES | {
     "query_pre_attn_scalar": 5,
     "attn_logit_softcapping": 2.0,
     "final_logit_softcapping": 6.0,
@@ -29,16 +32,7 @@ def ropes(full: dict[str, Any], local: dict[str, Any]) -> dict[str, Any]:
 
 GLOBAL, SLOWED, LOCAL = rope(800.0), rope(800.0, "linear", factor=4.0), rope(40.0)
 
-GEMMA3: dict[str, Any] = IDS | {
-    "vocab_size": 97,
-    "hidden_size": 30,
-    "intermediate_size": 34,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 10,
-    "max_position_embeddings": 64,
-    "sliding_window": 7,
+GEMMA3: dict[str, Any] = SIZES | {
     "query_pre_attn_scalar": 16,
     "sliding_window_pattern": 3,
     **ropes(SLOWED, LOCAL),

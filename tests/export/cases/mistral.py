@@ -2,17 +2,10 @@
 
 from typing import Any
 
-from .case import IDS, SMALL, YARN, Case, rope
+from .case import DENSE, SMALL, YARN, Case, rope
 
-MISTRAL: dict[str, Any] = IDS | {
+MISTRAL: dict[str, Any] = DENSE | {
     "vocab_size": 97,
-    "hidden_size": 36,
-    "intermediate_size": 44,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 10,
-    "max_position_embeddings": 64,
     "rms_norm_eps": 1e-5,
     "sliding_window": None,
     **rope(10000.0),

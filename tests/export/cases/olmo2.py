@@ -2,17 +2,10 @@
 
 from typing import Any
 
-from .case import IDS, YARN, Case, rope
+from .case import DENSE, YARN, Case, rope
 
-OLMO2: dict[str, Any] = IDS | {
+OLMO2: dict[str, Any] = DENSE | {
     "vocab_size": 93,
-    "hidden_size": 36,
-    "intermediate_size": 44,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 10,
-    "max_position_embeddings": 64,
     "pad_token_id": None,
     "rms_norm_eps": 1e-6,
     **rope(500.0),

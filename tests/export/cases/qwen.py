@@ -2,17 +2,11 @@
 
 from typing import Any
 
-from .case import IDS, SCALED, SMALL, YARN, Case, rope
+from .case import DENSE, SCALED, SMALL, YARN, Case, rope
 
-QWEN3: dict[str, Any] = IDS | {
+QWEN3: dict[str, Any] = DENSE | {
     "vocab_size": 101,
-    "hidden_size": 36,
-    "intermediate_size": 44,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
     "num_key_value_heads": 3,
-    "head_dim": 10,
-    "max_position_embeddings": 64,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": True,
     **rope(1000.0),

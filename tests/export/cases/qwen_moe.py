@@ -22,8 +22,8 @@ QWEN3_MOE: dict[str, Any] = IDS | {
 }
 RAW = {"norm_topk_prob": False}
 
-# Layer 0 is dense by the step, layer 1 sparse, layer 2 dense by the step, layer 3 dense because it is named.
 SPARSE_STEP = {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
+"""Layer 0 is dense by the step, layer 1 sparse, layer 2 dense by the step, layer 3 dense because it is named."""
 
 QWEN2_MOE: dict[str, Any] = {key: value for key, value in QWEN3_MOE.items() if key not in ("head_dim", "norm_topk_prob")} | {
     "hidden_size": 32,
@@ -31,8 +31,8 @@ QWEN2_MOE: dict[str, Any] = {key: value for key, value in QWEN3_MOE.items() if k
 }
 SHARED = (r"shared_expert\.", r"shared_expert_gate")
 
-# What this spelling of Qwen3-MoE calls otherwise.
 OLD_EXPERTS: dict[str, Any] = {"old": {"num_experts": 6, "max_window_layers": 48}, "old_without": ("num_local_experts",)}
+"""What the older spelling of Qwen3-MoE calls otherwise."""
 
 CASES = {
     "qwen3-moe": Case(
