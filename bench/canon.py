@@ -23,9 +23,9 @@ import numpy as np
 
 from npllm import __version__, parallel
 from npllm.arrays import Array
-from npllm.backend import get_backend
 from npllm.bench import measure, random_llm
 from npllm.machine import cores, cpu_name
+from npllm.registry import get_backend
 from npllm.weights import leaves
 
 PROMPT, NEW = 512, 64

@@ -12,10 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 from bench.canon import about, keep
-from npllm.backend import get_backend
 from npllm.bench import measure
 from npllm.llm import LLM
 from npllm.models import interpret
+from npllm.registry import get_backend
 from npllm.weights import active_parameters
 
 PROMPT, NEW, CHOSEN = 512, 64, 8

@@ -12,11 +12,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from npllm.backend import Backend, get_backend
+    from npllm.backend import Backend
     from npllm.errors import NpllmError
     from npllm.generation import Output, Piece, Stream
     from npllm.llm import LLM, Score
     from npllm.loading import load
+    from npllm.registry import get_backend
     from npllm.sampling import Sampling
 
 __all__ = ["LLM", "Backend", "NpllmError", "Output", "Piece", "Sampling", "Score", "Stream", "get_backend", "load"]
@@ -24,7 +25,7 @@ __version__ = "0.1.0"
 
 PLACES = {
     "LLM": "llm", "Backend": "backend", "NpllmError": "errors", "Output": "generation", "Piece": "generation",
-    "Sampling": "sampling", "Score": "llm", "Stream": "generation", "get_backend": "backend", "load": "loading",
+    "Sampling": "sampling", "Score": "llm", "Stream": "generation", "get_backend": "registry", "load": "loading",
 }  # fmt: skip
 
 

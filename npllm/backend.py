@@ -1,4 +1,4 @@
-"""class Backend: the hot operations, their canonical bodies, and the registry of faster ones.
+"""class Backend: the hot operations and their canonical bodies.
 
 `Backend` itself is the canon, on NumPy. A faster backend subclasses it, overrides what it can do faster and inherits the
 rest; the first is `npllm.numpy_backend`, the canon cut into parts for threads. There are two grains: fine operations
@@ -14,7 +14,6 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
@@ -25,7 +24,6 @@ from npllm.blocks.masks import Mask
 from npllm.blocks.moe import Router
 from npllm.blocks.rope import Angles, Rope
 from npllm.cache import Cache, Keys, LayerSpec, Rows
-from npllm.config import nearest
 from npllm.errors import BackendError
 from npllm.handles import Handle, Stack, Weight
 from npllm.machine import available_memory
@@ -332,21 +330,23 @@ class Backend:
         """
         (out, L), (_, H, F) = w.weight.shape, q_MHF.shape
         nope = F - (keys.k_BSGK.shape[-1] - L)
-        out_MHV = self.xp.empty((len(q_MHF), H, out // H - nope), dtype=q_MHF.dtype)
         few = [blocks.absorbed_is_cheaper(count, L, out // H) for count in rows.counts]
         if all(few):
             return self._absorbed(q_MHF, keys, rows, w, nope, mask, scale)
+        out_MHV = self.xp.empty((len(q_MHF), H, out // H - nope), dtype=q_MHF.dtype)
         for r, (_, _, begin, end) in enumerate(rows):
             form = self._absorbed if few[r] else self._expanded
             out_MHV[begin:end] = form(q_MHF[begin:end], keys.only(r), rows.only(r), w, nope, mask, scale)
         return out_MHV
 
     def _absorbed(self, q_MHF: Array, keys: Keys, rows: Rows, w: Linear, nope: int, mask: Mask, scale: float) -> Array:
+        """Queries go to the latent space, and what attention gives comes back -> o_MHV."""
         up_HFL = self.dense(w.weight).reshape(q_MHF.shape[1], -1, w.weight.shape[1])
         q_MHK = blocks.absorb(self.xp, q_MHF, up_HFL, nope)
         return blocks.unabsorb(self.attention(q_MHK, keys, rows, mask=mask, scale=scale), up_HFL, nope)
 
     def _expanded(self, q_MHF: Array, keys: Keys, rows: Rows, w: Linear, nope: int, mask: Mask, scale: float) -> Array:
+        """Keys and values of all heads are made of the latents of a single row -> o_MHV."""
         latent_SGK, _, first = keys.row(0)
         k_SHK, v_SHV = self.latent_expand(latent_SGK, w, nope, q_MHF.shape[1])
         return self.attention(q_MHF, Keys.of(self.xp, k_SHK, v_SHV, first), rows, mask=mask, scale=scale)
@@ -387,7 +387,7 @@ def accelerates(declines: Callable[..., str | None]) -> Callable[[B], B]:
                 return override(self, *args, **kwargs)
             if self.strict:
                 raise BackendError(f"{self.name}.{operation} declines: {why}")
-            _log_once(f"{self.name}.{operation} falls back: {why}")
+            log_once(f"{self.name}.{operation} falls back: {why}")
             # `unwrap`, because a test may have wrapped the method once more.
             definitions = ((each, each.__dict__.get(operation, type)) for each in type(self).__mro__)
             owner = next(each for each, definition in definitions if inspect.unwrap(definition) is override)
@@ -403,69 +403,5 @@ def _shape(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
 
 
 @functools.cache
-def _log_once(message: str, level: int = logging.INFO) -> None:
+def log_once(message: str, level: int = logging.INFO) -> None:
     log.log(level, message)
-
-
-# -- the registry -----------------------------------------------------------------------------------------------------
-
-# "auto" takes the first of these that is installed and loads, else "numpy".
-PREFERENCE = ("cupy", "numba")
-
-
-def available_backends() -> dict[str, str]:
-    """Every registered backend by name -> "" if it loads, else the reason why not."""
-    found = {}
-    for name in _registered():
-        try:
-            _load(name)
-            found[name] = ""
-        except BackendError as error:
-            found[name] = str(error)
-    return found
-
-
-def get_backend(
-    name: str = "auto",
-    *,
-    dtype: str | None = None,
-    strict: bool = False,
-    threads: int | None = None,
-    quantize: str | None = None,
-) -> Backend:
-    """The backend `name` ("auto": the fastest that loads), computing in `dtype`. BackendError says what to install."""
-    if name != "auto":
-        return _load(name)(dtype, strict=strict, threads=threads, quantize=quantize)
-    registered = _registered()
-    for candidate in PREFERENCE:
-        if candidate not in registered:
-            continue
-        try:
-            return _load(candidate)(dtype, strict=strict, threads=threads, quantize=quantize)
-        except BackendError as error:
-            _log_once(f"backend auto: {error}", logging.WARNING)
-    return _load("numpy")(dtype, strict=strict, threads=threads, quantize=quantize)
-
-
-def _registered() -> dict[str, Any]:
-    return {"numpy": None} | {point.name: point for point in entry_points(group="npllm.backends")}
-
-
-def _load(name: str) -> type[Backend]:
-    registered = _registered()
-    if name == "numpy":
-        from npllm.numpy_backend import NumpyBackend
-
-        return NumpyBackend
-    if name not in registered:
-        raise BackendError(
-            f"backend {name!r} is not installed; installed: {nearest(str(name), registered)}; "
-            "others come with packages that name it in the entry-point group npllm.backends"
-        )
-    try:
-        backend = registered[name].load()
-    except Exception as error:
-        raise BackendError(f"backend {name!r} cannot load: {error}") from error
-    if not (isinstance(backend, type) and issubclass(backend, Backend)):
-        raise BackendError(f"backend {name!r}: its entry point must name a subclass of npllm.backend.Backend")
-    return backend

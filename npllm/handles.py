@@ -24,7 +24,7 @@ READ_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """A handle: one stored tensor, what it is, where it lies and how; never a copy of it.
+    """One stored tensor: what it is, where it lies and how.
 
     `format` is the storage format (f64, f32, f16, bf16, f8_e4m3), `data` the mapped bytes as a NumPy array of the storage
     type (bf16 as uint16, f8 as uint8), `scale` the factors of f8, `source` the file, for errors. `axes` and `part` are those

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from npllm import mistral_native
-from npllm.backend import Backend, get_backend
+from npllm.backend import Backend
 from npllm.checkpoint import Checkpoint
 from npllm.config import Reader, read_json
 from npllm.errors import ArgumentError, ConfigError, TokenizerError
@@ -18,6 +18,7 @@ from npllm.llm import LLM, Defaults
 from npllm.matching import match, own_name
 from npllm.model import Model, check_memory
 from npllm.models import Described, read_config
+from npllm.registry import get_backend
 from npllm.sampling import Sampling
 from npllm.tokenizer import FILES, Tokenizer
 from npllm.weights import Spec, build_tree
@@ -44,6 +45,7 @@ def load(
     """Load a model: a local folder, a hub id, or (None) the small model that ships with npllm.
 
     backend      "numpy", an installed backend's name, or "auto": the fastest that loads.
+    quantize     weights in fewer bits, by a name that the backend knows; None: as they are stored.
     dtype        arithmetic: "float32", "float64"; None is the backend's choice.
     kv_dtype     how keys and values are cached: "float32", "float64", "bfloat16"; None: as they are computed.
     weights      "memory"; "disk": they stay in the mapped files, and each step reads the layers and the experts that it

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 import npllm
-from npllm import backend as registry
+from npllm import backend
 from npllm.arrays import Array
-from npllm.backend import OPERATIONS, Backend, accelerates, available_backends, get_backend
+from npllm.backend import OPERATIONS, Backend, accelerates
 from npllm.errors import ArgumentError, BackendError
 from npllm.models import interpret
 from npllm.numpy_backend import NumpyBackend
+from npllm.registry import available_backends, get_backend
 from npllm.trace import Trace, Tracer
 from npllm.weights import Linear
 from tests.compare import agree
@@ -61,9 +62,9 @@ W = Linear(np.eye(3))
 @pytest.fixture
 def forgotten() -> Iterator[None]:
     """Reasons that were logged before are logged again."""
-    registry._log_once.cache_clear()
+    backend.log_once.cache_clear()
     yield
-    registry._log_once.cache_clear()
+    backend.log_once.cache_clear()
 
 
 @pytest.mark.usefixtures("forgotten")
@@ -181,7 +182,7 @@ def register(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             EntryPoint(name, f"{__name__}:{value}" if value else "not_installed_anywhere", "npllm.backends")
             for name, value in points.items()
         ]
-        monkeypatch.setattr(registry, "entry_points", lambda group: found if group == "npllm.backends" else [])
+        monkeypatch.setattr("importlib.metadata.entry_points", lambda group: found if group == "npllm.backends" else [])
 
     return register
 
@@ -260,7 +261,8 @@ def test_a_trace_names_every_intermediate() -> None:
 
 
 def test_gpt2_uses_the_same_names() -> None:
-    llm = model(model_type="gpt2", n_embd=12, n_head=3, n_layer=1, n_positions=32)
+    config = {"model_type": "gpt2", "vocab_size": 31, "n_embd": 12, "n_head": 3, "n_layer": 1, "n_positions": 32}
+    llm = npllm.LLM.random(interpret(config), Backend("float64"))
     with llm.trace() as trace:
         llm.forward(TOKENS)
     inside = {name.removeprefix("layers.0.") for name in trace} - {"embedding", "norm", "logits"}

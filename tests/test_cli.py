@@ -634,7 +634,7 @@ def test_doctor_json(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_doctor_says_why_a_backend_does_not_load(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("npllm.backend.available_backends", lambda: {"numpy": "", "quick": "needs a part\nthat is missing"})
+    monkeypatch.setattr("npllm.registry.available_backends", lambda: {"numpy": "", "quick": "needs a part\nthat is missing"})
     out = run("doctor").out
     assert "numpy: loads, computes in float32\n" in out
     assert "needs a part that is missing\n" in out

@@ -134,7 +134,7 @@ def blas() -> list[dict[str, Any]]:
 
 
 def backends() -> dict[str, dict[str, Any]]:
-    from npllm.backend import available_backends, get_backend
+    from npllm.registry import available_backends, get_backend
 
     return {
         name: {"loads": not reason, "dtype": None if reason else get_backend(name).dtype, "reason": reason or None}
