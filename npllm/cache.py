@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from npllm.arrays import Array, Namespace
+from npllm.blocks.dtypes import round_to_bfloat16, widen_bfloat16
 from npllm.blocks.masks import CAUSAL, Mask
 from npllm.errors import ArgumentError, MemoryLimitError
 from npllm.machine import available_memory, gibibytes
@@ -140,20 +141,6 @@ def unrolled(xp: Namespace, ring: Array, begin: int, count: int) -> Array:
     """`count` entries of a ring's first axis from index `begin` on, in order: a view, or a copy where they wrap around."""
     over = begin + count - len(ring)
     return ring[begin : begin + count] if over <= 0 else xp.concatenate([ring[begin:], ring[:over]])
-
-
-def round_to_bfloat16(xp: Namespace, x: Array) -> Array:
-    """The bits, uint16, of `x` (float32 or float64) rounded to nearest even; a NaN stays a NaN."""
-    bits = xp.asarray(x, dtype="float32").view("uint32")
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    # Rounding could carry a NaN's bits into infinity: it keeps the upper ones, with one set.
-    quiet = (bits >> 16) | 0x40
-    return xp.where(xp.isnan(x), quiet, rounded).astype("uint16")
-
-
-def widen_bfloat16(bits: Array, dtype: str) -> Array:
-    """The exact values of bfloat16 bits in `dtype`."""
-    return (bits.astype("uint32") << 16).view("float32").astype(dtype, copy=False)
 
 
 class LayerCache:

@@ -1,8 +1,10 @@
 """Recording and replacing the named intermediates of a forward pass.
 
-A model names its intermediates with `be.mark(name, x)`, relative to a layer: `layers.3.attention.q`. On a plain backend
-that returns `x`. A `Tracer` is a backend that records, and runs the canonical body of every coarse operation, so that
-their inner steps have names too; fine operations stay those of the backend being traced.
+A model names its intermediates with `be.mark(name, x)`, relative to a layer: `layers.3.attention.q`. `attention.output`
+and `output` are the residual stream after attention and after the layer; what is added to it has names of its own
+(`moe.routed`, `moe.shared`, `laurel.branch`). On a plain backend `mark` returns `x`. A `Tracer` is a backend that records,
+and runs the canonical body of every coarse operation, so that their inner steps have names too; fine operations stay those
+of the backend being traced.
 """
 
 from __future__ import annotations

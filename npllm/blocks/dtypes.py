@@ -1,4 +1,4 @@
-"""One rule about dtypes for every block: compute in float32 or wider, return what came in."""
+"""Dtypes: every block computes in float32 or wider and returns what came in; bfloat16 is its bits, since NumPy has none."""
 
 from __future__ import annotations
 
@@ -28,3 +28,17 @@ def widened(block: F) -> F:
         return block(xp, wide, *args, **kwargs).astype(x.dtype)
 
     return wrapper  # type: ignore[return-value]
+
+
+def round_to_bfloat16(xp: Namespace, x: Array) -> Array:
+    """The bits, uint16, of `x` (float32 or float64) rounded to nearest even; a NaN stays a NaN."""
+    bits = xp.asarray(x, dtype="float32").view("uint32")
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    # Rounding could carry a NaN's bits into infinity: it keeps the upper ones, with one set.
+    quiet = (bits >> 16) | 0x40
+    return xp.where(xp.isnan(x), quiet, rounded).astype("uint16")
+
+
+def widen_bfloat16(bits: Array, dtype: str) -> Array:
+    """The exact values of bfloat16 bits in `dtype`."""
+    return (bits.astype("uint32") << 16).view("float32").astype(dtype, copy=False)

@@ -190,7 +190,7 @@ def attend(
     eps, attention = c.rms_norm_eps, w.self_attn
     h_MD = be.rms_norm(x_MD, w.input_layernorm, eps)
     laurel_MD = be.linear(be.linear(h_MD, w.laurel.linear_left), w.laurel.linear_right)
-    laurel_MD = be.mark("laurel.output", h_MD + be.rms_norm(laurel_MD, w.laurel.post_laurel_norm, eps))
+    laurel_MD = be.mark("laurel.branch", h_MD + be.rms_norm(laurel_MD, w.laurel.post_laurel_norm, eps))
     if isinstance(memory, Keys):
         q_MHK, keys = split_heads(be.linear(be.mark("attention.input", h_MD), attention.q_proj), c.head_dim), memory
     else:

@@ -11,7 +11,7 @@ import npllm
 from npllm import blocks
 from npllm.backend import Backend
 from npllm.blocks import Angles, Rope
-from npllm.cache import round_to_bfloat16, widen_bfloat16
+from npllm.blocks.dtypes import round_to_bfloat16, widen_bfloat16
 from npllm.models import interpret
 from npllm.numpy_backend import NumpyBackend
 from npllm.reasoning import opens_reasoning, split_reasoning

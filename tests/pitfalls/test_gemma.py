@@ -9,7 +9,7 @@ import pytest
 
 from npllm.backend import Backend
 from npllm.blocks import CAUSAL, sliding
-from npllm.cache import round_to_bfloat16, widen_bfloat16
+from npllm.blocks.dtypes import round_to_bfloat16, widen_bfloat16
 from npllm.models import interpret
 from tests.compare import Array, norm
 from tests.models import ABSENT

@@ -95,7 +95,7 @@ def test_pitfall_40_laurels_residual_is_the_normed_input_and_the_sum_is_scaled(c
         a_MD = recorded[layer + "altup.predicted"][:, 0]
         return laurel_MD - llm.backend.rms_norm(a_MD, llm.model.weights.layers[0].input_layernorm, 1e-6) + a_MD
 
-    mistakes = {"laurel.output": residual_not_normed, "attention.output": lambda x_MD: x_MD * np.sqrt(np.float32(2))}
+    mistakes = {"laurel.branch": residual_not_normed, "attention.output": lambda x_MD: x_MD * np.sqrt(np.float32(2))}
     for name, mistake in mistakes.items():
         with llm.trace() as recorded:
             recorded.patch(layer + name, mistake)

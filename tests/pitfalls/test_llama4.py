@@ -9,7 +9,7 @@ import pytest
 from npllm import blocks
 from npllm.backend import Backend
 from npllm.blocks import Rope, frequencies, sliding
-from npllm.cache import round_to_bfloat16, widen_bfloat16
+from npllm.blocks.dtypes import round_to_bfloat16, widen_bfloat16
 from npllm.errors import CheckpointError
 from npllm.models import interpret
 from tests.compare import Array
