@@ -21,7 +21,7 @@ import numpy as np
 
 from npllm.blocks.ffn import ACTIVATIONS
 from npllm.blocks.masks import CAUSAL, Mask, sliding
-from npllm.blocks.rope import Rope, frequencies
+from npllm.blocks.rope import Rope, frequencies, yarn_mscale
 from npllm.errors import ConfigError
 
 log = logging.getLogger("npllm")
@@ -268,12 +268,13 @@ def read_typed_ropes(reader: Reader, dim: int, defaults: dict[str, Any], positio
 
 
 def _usable(rope: Rope, reader: Reader) -> Rope:
-    """`rope`, if its frequencies and attention factor are positive numbers in float32; else ConfigError."""
+    """`rope`, if its frequencies and factors are positive numbers in float32; else ConfigError."""
     try:
         with np.errstate(all="ignore"):
             inverse_J, factor = frequencies(replace(rope, dim=min(rope.dim, 64)))
-        usable = bool(np.isfinite(inverse_J).all() and (inverse_J > 0).all()) and 0 < factor < math.inf
-    except ArithmeticError:
+        temperature = yarn_mscale(rope.factor, rope.mscale_all_dim or 0.0) ** 2
+        usable = bool(np.isfinite(inverse_J).all() and (inverse_J > 0).all()) and 0 < factor * temperature < math.inf
+    except (ArithmeticError, ValueError):  # what Python's own floats raise for a power or a logarithm that there is not
         usable = False
     if not usable:
         raise ConfigError(f"{reader.name}: rope_theta = {rope.theta} with these RoPE parameters gives no usable frequencies")
@@ -381,7 +382,7 @@ def read_layer_types(reader: Reader, pattern: list[str], allowed: Iterable[str])
         raise ConfigError(f"{reader.name}: layer_types names {len(types)} layers, num_hidden_layers is {len(pattern)}")
     unknown = sorted(set(types) - set(allowed))
     if unknown:
-        raise ConfigError(f"{reader.name}: layer type {unknown[0]!r} is not supported; supported: {', '.join(allowed)}")
+        raise ConfigError(f"{reader.name}: layer type {shown(unknown[0])} is not supported; supported: {', '.join(allowed)}")
     return types
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import sys
 from collections.abc import Mapping
@@ -76,7 +77,7 @@ def load(
     on_disk = weights == "disk" or not check_memory(be, handles.values(), name, demanded=weights == "memory")
     if on_disk:
         checkpoint.read_exactly()
-    identity = fingerprint(handles)
+    identity = _identity(handles, described.config)
     tree = _prepare(be, spec, handles, on_disk)
     model = Model(described.architecture, described.config, tree, spec)
     return LLM(
@@ -129,6 +130,11 @@ def match_model(described: Described, checkpoint: Checkpoint) -> dict[str, Handl
     rename = mistral_native.own_name if checkpoint.native else own_name
     buffers, renamed = (getattr(described.architecture, name, None) for name in ("BUFFERS", "RENAMED"))
     return match(spec, checkpoint, buffers, getattr(described.config, "skipped", None), rename=rename, renamed=renamed)
+
+
+def _identity(handles: Mapping[str, Handle], config: Any) -> str:
+    """A digest of the weights and of what is done with them: saved keys and values depend on both."""
+    return hashlib.blake2b(f"{fingerprint(handles)} {config}".encode(), digest_size=16).hexdigest()
 
 
 def _prepare(be: Backend, spec: Spec, handles: dict[str, Handle], on_disk: bool) -> Any:

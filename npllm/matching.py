@@ -15,6 +15,9 @@ from npllm.weights import Form, Spec, Tensor
 
 log = logging.getLogger("npllm")
 
+# Of experts, in all layers together: several times those of any published model. More would fill the memory with names.
+MOST_MATRICES = 1 << 18
+
 # What to add to an error about these tensors.
 Hint = Callable[[list[str]], str]
 
@@ -54,7 +57,7 @@ def match(
     Missing, unexpected, doubled and misshaped tensors raise CheckpointError naming the tensor as the file spells it.
     """
     stored = _stored_names(checkpoint, buffers, skipped or {}, _respelled(rename, renamed or {}))
-    chosen = {name: _form(tensor, stored) for name, tensor in spec.items()}
+    chosen = _forms(spec, stored, checkpoint)
     used = {each for name, tensor in spec.items() for each in _names(name, tensor, chosen[name])}
     # Formats first: a file of another kind would otherwise be refused for what it holds besides.
     for name in spec.keys() & stored.keys():
@@ -78,12 +81,23 @@ def match(
     return handles
 
 
-def _form(tensor: Tensor, stored: Mapping[str, str]) -> Form | None:
-    """The form in which the checkpoint holds this tensor: the first of which it has a part, else the first."""
-    for form in tensor.forms:
-        if any(form.name.format(e) in stored for e in range(tensor.shape[0])):
-            return form
-    return tensor.forms[0] if tensor.forms else None
+def _forms(spec: Spec, stored: Mapping[str, str], checkpoint: Checkpoint) -> dict[str, Form | None]:
+    """For each tensor the form in which the checkpoint holds the experts of its layer: the first of which it has a part,
+    else the first. None for a tensor under its own name."""
+    matrices = sum(tensor.shape[0] for tensor in spec.values() if tensor.forms)
+    if matrices > MOST_MATRICES:
+        raise CheckpointError(f"{checkpoint.folder}: the config asks for {matrices} matrices of experts; is it damaged?")
+    held: dict[str | None, int] = {}
+    for tensor in spec.values():
+        for i, form in enumerate(tensor.forms):
+            if any(form.name.format(e) in stored for e in range(tensor.shape[0])):
+                place = _layer(tensor)
+                held[place] = min(i, held.get(place, i))
+    return {name: tensor.forms[held.get(_layer(tensor), 0)] if tensor.forms else None for name, tensor in spec.items()}
+
+
+def _layer(tensor: Tensor) -> str | None:
+    return tensor.bundle and tensor.bundle.path
 
 
 def _names(name: str, tensor: Tensor, form: Form | None) -> list[str]:
@@ -183,7 +197,8 @@ def _missing(missing: list[str], stored: Mapping[str, str], checkpoint: Checkpoi
     head = missing[0] == "lm_head.weight"
     prefix = prefixes.most_common(1)[0][0] if prefixes and not head else ""
     hint = "; the config says tie_word_embeddings = false" if head else experts(missing)
-    return f"{checkpoint.folder}: {_some([prefix + name for name in missing])} missing from the checkpoint{hint}"
+    spelled = " (in Hugging Face's spelling)" if checkpoint.native else ""
+    return f"{checkpoint.folder}: {_some([prefix + name for name in missing])} missing from the checkpoint{spelled}{hint}"
 
 
 def _some(names: list[str], most: int = 3) -> str:

@@ -119,9 +119,9 @@ def _kept(wanted: Mapping[str, Any], count: int, where: str) -> tuple[int, ...]:
     named = wanted.get(key, range(count))
     if isinstance(named, str) or not isinstance(named, Sequence) or not all(map(_is_whole, named)):
         raise ArgumentError(f"matformer: {key} = {shown(named)} must be a list of layer numbers")
-    strange = [i for i in named if not 0 <= i < count]
+    verb, strange = "drop" if key == "drop" else "keep", [i for i in named if not 0 <= i < count]
     if strange:
-        raise ArgumentError(f"{where}: has layers 0 to {count - 1}, there is no layer {strange[0]} to {key[:4]}")
+        raise ArgumentError(f"{where}: has layers 0 to {count - 1}, there is no layer {shown(strange[0])} to {verb}")
     if len(set(named)) < len(named) or (key == "layers" and list(named) != sorted(named)):
         raise ArgumentError(f"matformer: {key} = {shown(list(named))} must name each layer once, in order")
     kept = tuple(i for i in range(count) if (i in named) == (key == "layers"))
@@ -255,8 +255,7 @@ def slice_folder(
     """
     described = read_config(source)
     chosen = choose(wanted, described, str(source))
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise CheckpointError(f"{out}: is not an empty folder; name another, or a new one")
+    _check_target(out)
     checkpoint = Checkpoint(source, described.block)
     handles = match_model(described, checkpoint)
     _refuse_scales(handles, str(source))
@@ -274,6 +273,15 @@ def slice_folder(
         move_into_place(temporary, out)
     parameters = count_parameters(smaller.architecture.weight_spec(smaller.config))
     return Sliced(out, chosen.layers, chosen.ffn, parameters, total)
+
+
+def _check_target(out: Path) -> None:
+    try:
+        usable = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    except OSError as bad:
+        raise CheckpointError(f"{out}: cannot be written ({bad.strerror})") from None
+    if not usable:
+        raise CheckpointError(f"{out}: is not an empty folder; name another, or a new one")
 
 
 def _shard_bytes(checkpoint: Checkpoint) -> int:

@@ -111,7 +111,8 @@ def _check_shards(numbers: list[tuple[int, ...]], where: str) -> None:
 
 def left_alone(names: Collection[str]) -> list[str]:
     """Mistral's own weights among `names` that are not read because Hugging Face's files are there."""
-    return [] if is_native(names) else weight_files(names)
+    theirs = any(name in names for name in HUGGING_FACE_WEIGHTS)
+    return weight_files(names) if theirs and not is_native(names) else []
 
 
 # -- params.json ------------------------------------------------------------------------------------------------------

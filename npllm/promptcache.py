@@ -74,7 +74,7 @@ class PromptCache:
         tensors = self.cache.contents(self.slot, len(self.tokens))
         tensors["tokens"] = np.array(self.tokens, dtype=np.int64)
         try:
-            _write_whole(Path(path), save(tensors, metadata=self._about()))
+            _write_whole(Path(path), save(tensors, metadata=self._about() | {"lost": json.dumps(self._lost())}))
         except OSError as bad:
             raise CheckpointError(f"{path}: cannot be written ({bad.strerror})") from None
 
@@ -86,7 +86,9 @@ class PromptCache:
         file = SafetensorsFile(path)  # bounds-checked, with npllm's errors
         try:
             with safe_open(path, framework="numpy") as opened:
-                self._check(path, opened.metadata() or {}, file)
+                about = opened.metadata() or {}
+                self._check(path, about, file)
+                lost = _read_lost(path, about.get("lost", ""), len(self.cache.layers))
                 contents = {name: opened.get_tensor(name) for name in file}
         except SafetensorError as bad:
             raise CheckpointError(f"{path}: not a prompt cache ({printable(str(bad))})") from None
@@ -95,7 +97,17 @@ class PromptCache:
         self.tokens = []
         self.cache.truncate(self.slot, 0)
         self.cache.restore(self.slot, contents, len(tokens))
+        for layer, count in zip(self.cache.layers, lost, strict=True):
+            layer.reached[self.slot] += count
         self.tokens = tokens
+
+    def _lost(self) -> list[int]:
+        """For each layer, how many of the oldest keys that are saved a step has overwritten that failed or was undone."""
+        length = len(self.tokens)
+        return [
+            max(0, layer.reached[self.slot] - length) if layer.spec.kept(length) == layer.spec.mask.span else 0
+            for layer in self.cache.layers
+        ]
 
     def _check(self, path: Path, about: dict[str, str], file: SafetensorsFile) -> None:
         differs = [key for key, value in self._about().items() if about.get(key) != value]
@@ -122,6 +134,16 @@ def _describe(cache: Cache, model: str) -> dict[str, str]:
         "kv_dtype": cache.kv_dtype,
         "layers": json.dumps([list(spec) for spec in cache.specs]),
     }
+
+
+def _read_lost(path: Path, text: str, layers: int) -> list[int]:
+    try:
+        lost = json.loads(text)
+    except (ValueError, RecursionError):
+        lost = None
+    if not isinstance(lost, list) or len(lost) != layers or not all(type(count) is int and count >= 0 for count in lost):
+        raise CheckpointError(f"{path}: damaged prompt cache: it does not say how many keys each layer has lost")
+    return lost
 
 
 def _write_whole(path: Path, content: bytes) -> None:

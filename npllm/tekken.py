@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from npllm.config import Reader, read_json, shown
+from npllm.config import Reader, printable, read_json, shown
 from npllm.errors import ConfigError, TokenizerError
 
 # The special tokens of files up to version 7 that do not list them, by id.
@@ -30,8 +30,10 @@ UNLISTED = (
 
 ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
-# More special ids than any vocabulary could use are a damaged or hostile file.
-MOST_SPECIAL = 1 << 20
+# More special ids or longer tokens, in bytes, are a damaged or hostile file, which would take minutes: the time of a token
+# goes with the square of its length.
+MOST_SPECIAL = 1 << 14
+LONGEST_TOKEN = 1 << 12
 
 # How every tekken.json cuts text, and how some of Mistral's tokenizer.json files do by mistake: Llama 3's expression,
 # without the cut before a capital and with digits in threes.
@@ -119,7 +121,7 @@ def _interpret(reader: Reader) -> Tekken:
     talks = version >= 7 and {*CHAT_TOKENS, ROLES["bos_token"], ROLES["eos_token"]} <= set(special)
     ranks = _ranks(entries[:size], reader.name)
     if both := set(special).intersection(_spelled(ranks)):
-        raise TokenizerError(f"{reader.name}: {min(both)} is a special token and also a token of the vocabulary")
+        raise TokenizerError(f"{reader.name}: {printable(min(both), 80)} is a special token and also one of the vocabulary")
     return Tekken(special, ranks, config.raw("pattern"), roles, CHAT if talks else None)
 
 
@@ -163,6 +165,8 @@ def _ranks(entries: list[Any], name: str) -> list[bytes]:
         except (ValueError, TypeError, KeyError, binascii.Error) as bad:
             raise TokenizerError(f"{name}: entry {rank} of vocab is not a token with rank and token_bytes ({bad})") from None
     held = set(ranks)
+    if too_long := [rank for rank, token in enumerate(ranks) if len(token) > LONGEST_TOKEN]:
+        raise TokenizerError(f"{name}: entry {too_long[0]} of vocab has more than {LONGEST_TOKEN} bytes")
     if len(held) < len(ranks) or b"" in held:
         raise TokenizerError(f"{name}: vocab has an empty token, or one twice")
     if any(bytes([byte]) not in held for byte in range(256)):

@@ -310,6 +310,14 @@ def test_rope_frequencies_of_published_models(file: str, case: str, dtype: str) 
     assert factor == pytest.approx(given["attention_factor"], rel=1e-12)
 
 
+@cases_of("rope_frequencies")
+def test_rope_frequencies_are_rounded_as_models_know_them(file: str, case: str) -> None:
+    """Within three half units of the last place: the power itself may be off by two in torch, nothing else is."""
+    given, t, _ = lookup(file, case, "float32")
+    inverse_J = blocks.frequencies(rope_of(given)).inverse_J
+    assert np.abs(inverse_J.astype(np.float64) / t["inv_freq"] - 1.0).max() < 3 * 2**-24
+
+
 @both_dtypes
 @cases_of("rope_apply")
 def test_rotations(xp: Any, file: str, case: str, dtype: str) -> None:

@@ -288,6 +288,7 @@ def test_values_that_fit_nothing_are_refused(architecture: str, changes: dict[st
 
 def test_a_value_is_shown_short_and_on_one_line() -> None:
     refused(ConfigError, lambda: read(hidden_act="\x1b[31m\n" * 1000), "hidden_act = ", "...")
+    refused(ConfigError, lambda: read(layer_types=["\x1b[31m\n" * 1000] * 2), "layer type", "...")
 
 
 # -- RoPE --
@@ -352,6 +353,8 @@ def test_rope_scaling_outranks_rope_parameters(caplog: pytest.LogCaptureFixture)
         (YARN | {"original_max_position_embeddings": 0}, ["original_max_position_embeddings"]),
         (YARN | {"beta_fast": -1}, ["beta_fast"]),
         (YARN | {"beta_slow": 1e-308}, ["frequencies"]),
+        (YARN | {"beta_slow": 1e308}, ["frequencies"]),
+        (YARN | {"mscale_all_dim": 1e200}, ["frequencies"]),
         (YARN | {"rope_theta": 1}, ["rope_theta"]),
         (YARN | {"rope_theta": math.inf}, ["rope_theta"]),
         (YARN | {"rope_theta": 1e300}, ["rope_theta"]),

@@ -641,6 +641,44 @@ def test_a_cache_comes_back_as_it_was_saved(folder: Path, tmp_path: Path, option
     assert [file.name for file in tmp_path.iterdir()] == ["cache.safetensors"]
 
 
+RINGS: dict[str, dict[str, Any]] = {
+    "qwen3": {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 6},
+    "gemma3_text": {},
+    "llama4_text": {"attention_chunk_size": 5},
+}
+
+
+@pytest.mark.parametrize("architecture", RINGS)
+@pytest.mark.parametrize("products", [None, 1, 6, 9])
+def test_a_cache_saved_after_a_broken_step_gives_up_what_its_rings_have_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, products: int | None
+) -> None:
+    """Some layers have put a token in the place of one that a shorter prompt sees; None: a stream goes back and is left."""
+    llm = npllm.load(make_checkpoint(tmp_path / "model", architecture, **RINGS[architecture]), backend="numpy")
+    cache, linear, count = llm.prompt_cache(), type(llm.backend).linear, itertools.count()
+    llm.generate(LONG, max_tokens=1, cache=cache)
+
+    def breaks(self: npllm.Backend, *arguments: Any, **options: Any) -> Any:
+        if next(count) == products:
+            raise KeyboardInterrupt
+        return linear(self, *arguments, **options)
+
+    if products is None:
+        llm.stream(LONG, cache=cache)
+    else:
+        monkeypatch.setattr(type(llm.backend), "linear", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([*LONG, 7], cache=cache)
+        monkeypatch.undo()
+    cache.save(tmp_path / "cache")
+    for back in range(4):
+        again, prompt = llm.prompt_cache(), [*LONG[: len(LONG) - back], 9, 9]
+        again.load(tmp_path / "cache")
+        wanted = llm.generate(prompt, max_tokens=4, ignore_eos=True, logprobs=0)
+        got = llm.generate(prompt, max_tokens=4, ignore_eos=True, logprobs=0, cache=again)
+        np.testing.assert_allclose([each.logprob for each in got.logprobs], [each.logprob for each in wanted.logprobs], 1e-4)
+
+
 def test_a_cache_follows_its_model_to_another_folder(saved: Path, tmp_path: Path) -> None:
     cache = npllm.load(make_checkpoint(tmp_path / "copy", vocab_size=300), backend="numpy").prompt_cache()
     cache.load(saved)
@@ -658,6 +696,8 @@ def test_an_empty_cache_can_be_saved(llm: npllm.LLM, tmp_path: Path) -> None:
 def test_a_cache_of_another_model_is_refused(saved: Path, tmp_path: Path, folder: Path) -> None:
     other = npllm.load(make_checkpoint(tmp_path / "other", seed=1, vocab_size=300), backend="numpy")
     refused(CheckpointError, lambda: other.prompt_cache().load(saved), str(saved), "model differ")
+    turned = npllm.load(make_checkpoint(tmp_path / "turned", vocab_size=300, rope_theta=50.0), backend="numpy")
+    refused(CheckpointError, lambda: turned.prompt_cache().load(saved), str(saved), "model differ")
     narrow = npllm.load(folder, backend="numpy", kv_dtype="bfloat16")
     refused(CheckpointError, lambda: narrow.prompt_cache().load(saved), "kv_dtype differ")
     short = npllm.load(folder, backend="numpy", max_context=10)
@@ -696,11 +736,21 @@ def test_a_damaged_cache_is_refused_and_the_old_one_kept(llm: npllm.LLM, saved: 
 )
 def test_a_cache_with_other_tensors_is_refused(llm: npllm.LLM, saved: Path, change: Callable[..., Any]) -> None:
     tensors = load_file(saved)
-    length = int.from_bytes(saved.read_bytes()[:8], "little")
-    about = json.loads(saved.read_bytes()[8 : 8 + length])["__metadata__"]
     change(tensors)
-    save_file(tensors, saved, metadata=about)
+    save_file(tensors, saved, metadata=metadata(saved))
     refused(CheckpointError, lambda: llm.prompt_cache().load(saved), str(saved), "damaged")
+
+
+def metadata(saved: Path) -> dict[str, str]:
+    length = int.from_bytes(saved.read_bytes()[:8], "little")
+    found: dict[str, str] = json.loads(saved.read_bytes()[8 : 8 + length])["__metadata__"]
+    return found
+
+
+@pytest.mark.parametrize("lost", ["", "x", "[0]", "[0, 0, 0]", "[0, -1]", "[0, 1.0]", "{}", "[" * 100_000])
+def test_a_cache_that_does_not_say_what_it_lost_is_refused(llm: npllm.LLM, saved: Path, lost: str) -> None:
+    save_file(load_file(saved), saved, metadata=metadata(saved) | {"lost": lost})
+    refused(CheckpointError, lambda: llm.prompt_cache().load(saved), str(saved), "damaged", "lost")
 
 
 def test_a_cache_whose_metadata_is_no_text_is_refused(llm: npllm.LLM, saved: Path) -> None:

@@ -335,6 +335,21 @@ def test_halves_and_gaps_are_refused(native: Path, change: Callable[[Path], Any]
     refused(error, lambda: npllm.load(native), str(native), *words)
 
 
+def test_a_missing_tensor_is_named_in_a_spelling_that_is_said(native: Path) -> None:
+    tensors = load_file(native / "consolidated.safetensors")
+    del tensors["layers.0.attention.wq.weight"]
+    save_file(tensors, native / "consolidated.safetensors")
+    missing = "layers.0.self_attn.q_proj.weight is missing from the checkpoint (in Hugging Face's spelling)"
+    refused(CheckpointError, lambda: npllm.load(native), missing)
+
+
+def test_nothing_is_said_of_hugging_faces_files_where_none_are(native: Path, caplog: pytest.LogCaptureFixture) -> None:
+    swap(native, "params.json", "config.json")
+    with caplog.at_level(logging.INFO, "npllm"):
+        refused(CheckpointError, lambda: Checkpoint(native), "needs params.json")
+    assert "left alone" not in caplog.text
+
+
 # -- from the hub --
 
 

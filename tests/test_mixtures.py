@@ -164,6 +164,26 @@ def test_experts_one_by_one_and_fused(architecture: str, tmp_path: Path) -> None
 
 
 @every_architecture
+def test_the_experts_of_a_layer_come_in_one_form(architecture: str, tmp_path: Path) -> None:
+    """Half of a fused tensor beside single matrices would leave its other half unread."""
+    config, up = make_config(architecture), PLACES[architecture][2]
+    each = make_tensors(config)
+    stacked = fused(each, PLACES[architecture])
+    mixed = {name: values for name, values in each.items() if not (".experts." in name and name.endswith(f"{up}.weight"))}
+    mixed |= {name: values for name, values in stacked.items() if name.endswith("gate_up_proj")}
+    refused(CheckpointError, lambda: npllm.load(save_model(tmp_path / "a", config, mixed)), "gate_up_proj", "not expected")
+    half = {name: values for name, values in stacked.items() if not name.endswith("experts.down_proj")}
+    refused(CheckpointError, lambda: npllm.load(save_model(tmp_path / "b", config, half)), "experts.down_proj", "missing")
+
+
+@every_architecture
+def test_more_experts_than_names_could_be_made_for(architecture: str, tmp_path: Path) -> None:
+    tensors = make_tensors(make_config(architecture))
+    config = make_config(architecture, num_local_experts=4096, num_hidden_layers=4096)
+    refused(CheckpointError, lambda: npllm.load(save_model(tmp_path, config, tensors)), f"{3 * 4096**2} matrices of experts")
+
+
+@every_architecture
 @pytest.mark.parametrize("said", [5, 7])
 def test_a_number_of_experts_that_the_tensors_contradict(architecture: str, said: int, tmp_path: Path) -> None:
     """The config says one less, or one more: the first tensor that does not fit is named."""

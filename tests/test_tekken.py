@@ -197,6 +197,7 @@ def test_tokenizer_json_comes_first(tmp_path: Path) -> None:
         ({"special_tokens": [{"rank": 0, "token_str": "A"}]}, ["A is a special token and also"]),
         ({"default_num_special_tokens": 5}, ["rank 5"]),
         ({"default_num_special_tokens": 1 << 40}, ["default_num_special_tokens"]),
+        ({"default_num_special_tokens": 1 << 15}, ["default_num_special_tokens"]),
         ({"default_vocab_size": 1 << 20}, ["default_vocab_size"]),
         ({"default_vocab_size": 7}, ["default_vocab_size"]),
         ({"default_vocab_size": SPECIAL + 100}, ["256 bytes"]),
@@ -211,6 +212,23 @@ def test_tokenizer_json_comes_first(tmp_path: Path) -> None:
 def test_malformed_files_are_refused(tmp_path: Path, change: dict[str, Any], words: list[str]) -> None:
     write(tmp_path, **change)
     refused(TokenizerError, lambda: Ours(tmp_path), str(tmp_path / "tekken.json"), *words)
+
+
+def test_a_token_of_many_bytes_is_refused(tmp_path: Path) -> None:
+    """The joins of a long token take time with the square of its length."""
+    vocab = file_content()["vocab"]
+    for size, place in ((4097, 0), (1 << 22, 700)):
+        damaged = vocab.copy()
+        damaged[place] = {"rank": place, "token_bytes": base64.b64encode(b"a" * size).decode()}
+        write(tmp_path, vocab=damaged)
+        refused(TokenizerError, lambda: Ours(tmp_path), str(tmp_path / "tekken.json"), f"entry {place} ", "4096 bytes")
+
+
+def test_a_long_text_is_cut_in_errors(tmp_path: Path) -> None:
+    vocab, text = file_content()["vocab"], "z" * 3000
+    vocab[700]["token_bytes"] = base64.b64encode(text.encode()).decode()
+    write(tmp_path, vocab=vocab, special_tokens=[{"rank": 1, "token_str": text}])
+    refused(TokenizerError, lambda: Ours(tmp_path), "zzz... is a special token and also")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])

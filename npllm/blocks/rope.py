@@ -54,36 +54,40 @@ class Angles(NamedTuple):
 
 
 def frequencies(rope: Rope, dtype: DTypeLike = "float32") -> Frequencies:
-    """`theta^(-2j/dim)` for j = 0 .. dim/2 - 1, then the scaling that `rope.kind` names, rounded to `dtype` on the way."""
+    """`theta^(-2j/dim)` for j = 0 .. dim/2 - 1, then the scaling that `rope.kind` names, each step rounded to `dtype`."""
     real = np.dtype(dtype).type
-    exponent = np.arange(0, rope.dim, 2, dtype=np.float64) / rope.dim
-    inverse = real(1.0) / (rope.theta**exponent).astype(real)
+    exponent = np.arange(0, rope.dim, 2, dtype=dtype) / real(rope.dim)
+    power = (rope.theta ** exponent.astype(np.float64)).astype(real)
+    inverse = real(1.0) / power
     if rope.kind == "linear":
         return Frequencies(inverse / real(rope.factor), 1.0)
     if rope.kind == "llama3":
         return Frequencies(_llama3(inverse, rope), 1.0)
     if rope.kind == "yarn":
-        return Frequencies(_yarn(inverse, rope), yarn_attention_factor(rope))
+        return Frequencies(_yarn(inverse, real(1.0) / (real(rope.factor) * power), rope), yarn_attention_factor(rope))
     return Frequencies(inverse, 1.0)
 
 
 def _llama3(inverse: Array, rope: Rope) -> Array:
     """Llama 3.1: long waves are slowed by `factor`, short ones kept, the band between them blended by wavelength."""
-    wavelength = 2.0 * math.pi / inverse.astype(np.float64)
+    real = inverse.dtype.type
+    # The reciprocal, times the number: so torch divides a number by a tensor.
+    wavelength = real(1.0) / inverse * real(2.0 * math.pi)
     keep = wavelength < rope.original / rope.high_freq_factor
     slow = wavelength > rope.original / rope.low_freq_factor
-    scaled = np.where(slow, inverse / inverse.dtype.type(rope.factor), inverse)
+    scaled = np.where(slow, inverse / real(rope.factor), inverse)
     band = ~keep & ~slow
     # Only the band is blended: where high == low it is empty, and the blend would be 0 / 0.
     if band.any():
-        span = rope.high_freq_factor - rope.low_freq_factor
-        smooth = (rope.original / wavelength[band] - rope.low_freq_factor) / span
-        scaled[band] = (1.0 - smooth) * inverse[band] / rope.factor + smooth * inverse[band]
+        waves = real(1.0) / wavelength[band] * real(rope.original)
+        smooth = (waves - real(rope.low_freq_factor)) / real(rope.high_freq_factor - rope.low_freq_factor)
+        scaled[band] = (real(1.0) - smooth) * inverse[band] / real(rope.factor) + smooth * inverse[band]
     return scaled
 
 
-def _yarn(inverse: Array, rope: Rope) -> Array:
-    """YaRN (Peng et al. 2023, arXiv 2309.00071, section 3.2): a ramp over pairs from extrapolation to interpolation."""
+def _yarn(inverse: Array, slowed: Array, rope: Rope) -> Array:
+    """YaRN (Peng et al. 2023, arXiv 2309.00071, section 3.2): a ramp over pairs from `inverse` to `slowed` by the factor."""
+    real = inverse.dtype.type
 
     def pair_turning(turns: float) -> float:
         return rope.dim * math.log(rope.original / (turns * 2.0 * math.pi)) / (2.0 * math.log(rope.theta))
@@ -94,8 +98,9 @@ def _yarn(inverse: Array, rope: Rope) -> Array:
     low, high = max(low, 0), min(high, rope.dim - 1)
     if low == high:
         high += 0.001
-    ramp = np.clip((np.arange(rope.dim // 2, dtype=np.float64) - low) / (high - low), 0.0, 1.0)
-    return (inverse / rope.factor * ramp + inverse * (1.0 - ramp)).astype(inverse.dtype)
+    ramp = (np.arange(rope.dim // 2, dtype=inverse.dtype) - real(low)) / real(high - low)
+    kept = real(1.0) - np.clip(ramp, real(0.0), real(1.0))
+    return slowed * (real(1.0) - kept) + inverse * kept
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:

@@ -50,9 +50,11 @@ def _layers(text: str) -> list[int]:
     """0-2,5 -> 0, 1, 2, 5."""
     numbers: list[int] = []
     for part in text.split(","):
-        if (found := re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)) is None:
+        found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
+        named = range(int(found[1]), int(found[2] or found[1]) + 1) if found else ()
+        if not named:
             raise argparse.ArgumentTypeError(f"{part!r} is neither a layer nor a range of them, such as 0-19")
-        numbers += range(int(found[1]), int(found[2] or found[1]) + 1)
+        numbers += named
     return _bounded(numbers)
 
 
@@ -60,7 +62,7 @@ def _widths(text: str) -> int | list[int]:
     """8192 -> 8192 for all; 16384x2,8192 -> 16384, 16384, 8192."""
     widths: list[int] = []
     for part in text.split(","):
-        if (found := re.fullmatch(r"(\d{1,9})(?:x(\d{1,4}))?", part)) is None:
+        if (found := re.fullmatch(r"(\d{1,9})(?:x0*([1-9]\d{0,3}))?", part)) is None:
             raise argparse.ArgumentTypeError(
                 f"{part!r} is no width, nor a width and how many layers have it, such as 8192x20"
             )
