@@ -187,9 +187,10 @@ class LayerCache:
         wraps = any(start + end - begin > self.size for _, start, begin, end in rows)
         gathered = self._gather(new, rows) if wraps and max(rows.counts) > 1 else None
         for slot, start, begin, end in rows:
+            # First, since the write may be interrupted.
+            self.reached[slot] = max(self.reached[slot], start + end - begin)
             for stored, x_MGF in zip(self.stored, new, strict=True):
                 self._write(stored[slot], start, x_MGF[begin:end].transpose(1, 0, 2))
-            self.reached[slot] = max(self.reached[slot], start + end - begin)
         return gathered or self._keys(rows)
 
     def _encoded(self, x_MGF: Array) -> Array:

@@ -89,6 +89,7 @@ class Weight:
 
     def rows(self, index_M: Array) -> Weight:
         """Copies of the entries `index_M` (integers [M]) of the first axis, in their stored format: nothing else is read."""
+        self._check()
         data = self.data[index_M]
         scale = self.scale and self.scale.gather(index_M % len(self))
         return replace(self, shape=data.shape, data=data, mapping=None, scale=scale)
@@ -116,12 +117,18 @@ class Weight:
         self._advise("MADV_RANDOM")
 
     def _advise(self, advice: str) -> None:
+        self._check()
         if self.mapping is None or not self.data.flags.c_contiguous or not hasattr(mmap, advice):
             return
         begin = self.data.ctypes.data - np.frombuffer(self.mapping, np.uint8).ctypes.data
         # Linux reads only a part of what it is asked for at once.
         for at in range(begin - begin % mmap.PAGESIZE, begin + self.data.nbytes, READ_AT_ONCE):
             self.mapping.madvise(getattr(mmap, advice), at, min(READ_AT_ONCE, begin + self.data.nbytes - at))
+
+    def _check(self) -> None:
+        """CheckpointError if the file has become shorter: reading what is gone would kill the process."""
+        if self.mapping is not None and self.mapping.size() < len(self.mapping):
+            raise CheckpointError(f"{self.source}: has become shorter since it was loaded; load the model again")
 
     def release(self) -> None:
         """Tell the system that the file's pages are not needed: a widened copy has taken their place."""

@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from npllm import mistral_native
 from npllm.backend import Backend
 from npllm.checkpoint import Checkpoint
 from npllm.config import Reader, read_json
 from npllm.errors import ArgumentError, ConfigError, TokenizerError
 from npllm.handles import Handle, fingerprint
 from npllm.llm import LLM, Defaults
-from npllm.matching import match, own_name
+from npllm.matching import match
 from npllm.model import Model, check_memory
 from npllm.models import Described, read_config
 from npllm.registry import get_backend
@@ -67,7 +66,7 @@ def load(
     tokenizer = _read_tokenizer(folder, described.config.vocab_size)
     defaults = read_defaults(folder, described)
     checkpoint = Checkpoint(folder, described.block)
-    handles = match_model(described, checkpoint)
+    handles = match(described, checkpoint)
     name = "npllm-shipped" if source is None else str(source)
     if matformer is not None:
         from npllm.matformer import sliced_model
@@ -122,14 +121,6 @@ def _existing(source: str | Path) -> Path | None:
         raise ConfigError(f"{path}: cannot be read ({bad.strerror})") from None
     except (OSError, RuntimeError):  # too long for a name; the home of a user who does not exist
         return None
-
-
-def match_model(described: Described, checkpoint: Checkpoint) -> dict[str, Handle]:
-    """The handles of a model's tensors, by its own names (npllm.matching.match)."""
-    spec = described.architecture.weight_spec(described.config)
-    rename = mistral_native.own_name if checkpoint.native else own_name
-    buffers, renamed = (getattr(described.architecture, name, None) for name in ("BUFFERS", "RENAMED"))
-    return match(spec, checkpoint, buffers, getattr(described.config, "skipped", None), rename=rename, renamed=renamed)
 
 
 def _identity(handles: Mapping[str, Handle], config: Any) -> str:

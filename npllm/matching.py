@@ -8,9 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
+from npllm import mistral_native
 from npllm.checkpoint import Checkpoint
 from npllm.errors import CheckpointError
 from npllm.handles import Handle, Stack, Weight
+from npllm.models import Described
 from npllm.weights import Form, Spec, Tensor
 
 log = logging.getLogger("npllm")
@@ -39,38 +41,30 @@ def own_name(name: str) -> str | None:
     return name
 
 
-def match(
-    spec: Spec,
-    checkpoint: Checkpoint,
-    buffers: str | None = None,
-    skipped: Mapping[str, str] | None = None,
-    rename: Callable[[str], str | None] = own_name,
-    renamed: Mapping[str, str] | None = None,
-) -> dict[str, Handle]:
-    """The checkpoint's handle for every tensor of the spec (aliases may be absent).
+def match(described: Described, checkpoint: Checkpoint) -> dict[str, Handle]:
+    """The checkpoint's handle for every tensor of the model's spec (aliases may be absent), by the model's own names.
 
-    buffers  a regular expression of the model's own names that carry no weights.
-    skipped  regular expressions of own names that the model does without, each with what they are: one line tells of them.
-    rename   the own name of a stored tensor; None for one of another tower.
-    renamed  parts of own names that some files spell otherwise, each with the model's spelling.
+    A model file may say more of names: BUFFERS, a regular expression of own names that carry no weights; RENAMED, parts of
+    names that some files spell otherwise, with its own spelling; its Config's `skipped`, regular expressions of tensors that
+    it does without, each with what they are, which one line tells of.
 
     Missing, unexpected, doubled and misshaped tensors raise CheckpointError naming the tensor as the file spells it.
     """
-    stored = _stored_names(checkpoint, buffers, skipped or {}, _respelled(rename, renamed or {}))
-    chosen = _forms(spec, stored, checkpoint)
-    used = {each for name, tensor in spec.items() for each in _names(name, tensor, chosen[name])}
+    spec = described.architecture.weight_spec(described.config)
+    stored = _stored_names(checkpoint, described)
+    forms = _forms(spec, stored, checkpoint)
+    used = {each for name, tensor in spec.items() for each in _names(name, tensor, forms[name])}
     # Formats first: a file of another kind would otherwise be refused for what it holds besides.
     for name in spec.keys() & stored.keys():
         checkpoint.weight(stored[name])
-    experts = _experts_hint(spec)
-    _refuse_unexpected(used, stored, checkpoint, experts)
+    hint = _experts_hint(spec)
+    _refuse_unexpected(used, stored, checkpoint, hint)
     missing = [name for name in used - set(stored) if name not in spec or spec[name].alias is None]
     if missing:
-        raise CheckpointError(_missing(_in_order(missing, spec), stored, checkpoint, experts))
+        raise CheckpointError(_missing(_in_order(missing, spec), stored, checkpoint, hint))
     handles: dict[str, Handle] = {}
     for name, tensor in spec.items():
-        form = chosen[name]
-        if form is not None:
+        if (form := forms[name]) is not None:
             handles[name] = _experts(name, tensor, form, stored, checkpoint)
         elif name in stored:
             handle = _checked(checkpoint, stored[name], tensor.shape)
@@ -129,22 +123,11 @@ def _experts(name: str, tensor: Tensor, form: Form, stored: Mapping[str, str], c
     return Stack(name, tuple(matrices), tensor.axes, tensor.part)
 
 
-def _respelled(rename: Callable[[str], str | None], renamed: Mapping[str, str]) -> Callable[[str], str | None]:
-    """`rename`, with the model's spelling of what `renamed` names."""
-
-    def own(name: str) -> str | None:
-        found = rename(name)
-        for theirs, ours in renamed.items():
-            found = found and found.replace(theirs, ours)
-        return found
-
-    return own
-
-
-def _stored_names(
-    checkpoint: Checkpoint, buffers: str | None, skipped: Mapping[str, str], rename: Callable[[str], str | None]
-) -> dict[str, str]:
+def _stored_names(checkpoint: Checkpoint, described: Described) -> dict[str, str]:
     """The checkpoint's names by the model's own, without what the model does without."""
+    rename = mistral_native.own_name if checkpoint.native else own_name
+    buffers, renamed = (getattr(described.architecture, each, None) for each in ("BUFFERS", "RENAMED"))
+    skipped: Mapping[str, str] = getattr(described.config, "skipped", {})
     stored: dict[str, str] = {}
     towers, left_out = Counter[str](), Counter[str]()
     for name in checkpoint:
@@ -152,6 +135,8 @@ def _stored_names(
         if own is None:
             towers[name.removeprefix("model.").partition(".")[0]] += 1
             continue
+        for theirs, ours in (renamed or {}).items():
+            own = own.replace(theirs, ours)
         if BUFFERS.match(own) or (buffers and re.fullmatch(buffers, own)):
             continue
         if why := next((what for pattern, what in skipped.items() if re.fullmatch(pattern, own)), None):
@@ -185,20 +170,20 @@ def _experts_hint(spec: Spec) -> Hint:
     return hint
 
 
-def _refuse_unexpected(used: set[str], stored: Mapping[str, str], checkpoint: Checkpoint, experts: Hint) -> None:
+def _refuse_unexpected(used: set[str], stored: Mapping[str, str], checkpoint: Checkpoint, hint: Hint) -> None:
     unexpected = sorted(stored[name] for name in set(stored) - used)
     if unexpected:
-        what = f"{_some(unexpected)} not expected by this architecture and config{experts(unexpected)}"
+        what = f"{_some(unexpected)} not expected by this architecture and config{hint(unexpected)}"
         raise CheckpointError(f"{checkpoint.folder}: {what}")
 
 
-def _missing(missing: list[str], stored: Mapping[str, str], checkpoint: Checkpoint, experts: Hint) -> str:
+def _missing(missing: list[str], stored: Mapping[str, str], checkpoint: Checkpoint, hint: Hint) -> str:
     prefixes = Counter(full[: len(full) - len(own)] for own, full in stored.items() if full.endswith(own))
     head = missing[0] == "lm_head.weight"
     prefix = prefixes.most_common(1)[0][0] if prefixes and not head else ""
-    hint = "; the config says tie_word_embeddings = false" if head else experts(missing)
+    advice = "; the config says tie_word_embeddings = false" if head else hint(missing)
     spelled = " (in Hugging Face's spelling)" if checkpoint.native else ""
-    return f"{checkpoint.folder}: {_some([prefix + name for name in missing])} missing from the checkpoint{spelled}{hint}"
+    return f"{checkpoint.folder}: {_some([prefix + name for name in missing])} missing from the checkpoint{spelled}{advice}"
 
 
 def _some(names: list[str], most: int = 3) -> str:

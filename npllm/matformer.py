@@ -24,8 +24,7 @@ from npllm.checkpoint import Checkpoint, SafetensorsFile
 from npllm.config import nearest, read_json, shown
 from npllm.errors import ArgumentError, CheckpointError, ConfigError
 from npllm.handles import Handle, Weight
-from npllm.loading import match_model
-from npllm.matching import own_name
+from npllm.matching import match, own_name
 from npllm.models import NESTED, Described, interpret, read_config
 from npllm.models.gemma3n import Config
 from npllm.saving import SHARD_BYTES, Outgoing, copy_companions, move_into_place, workplace, write_tensors
@@ -257,7 +256,7 @@ def slice_folder(
     chosen = choose(wanted, described, str(source))
     _check_target(out)
     checkpoint = Checkpoint(source, described.block)
-    handles = match_model(described, checkpoint)
+    handles = match(described, checkpoint)
     _refuse_scales(handles, str(source))
     tensors = _outgoing(checkpoint, handles, chosen, described.config.hidden_size_per_layer_input)
     values = sliced_values(read_json(source / "config.json"), described.config, chosen)

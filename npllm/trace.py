@@ -66,12 +66,19 @@ class Tracer(Backend):
     def mark(self, name: str, x: Array) -> Array:
         name = self.scope + name
         if name in self.trace.patches:
-            shape = x.shape
-            x = self.inner.asarray(self.trace.patches[name](x), dtype=x.dtype)
-            if x.shape != shape:
-                raise ArgumentError(f"the patch of {name} has shape {list(x.shape)}, the intermediate {list(shape)}")
+            x = self._patched(name, x)
         self.trace.records.setdefault(name, []).append(self.inner.to_numpy(x).copy())
         return x
+
+    def _patched(self, name: str, x: Array) -> Array:
+        value = self.trace.patches[name](x)
+        try:
+            patched = self.inner.asarray(value, dtype=x.dtype)
+        except (TypeError, ValueError, OverflowError) as bad:
+            raise ArgumentError(f"the patch of {name} is no array of {x.dtype} ({bad})") from None
+        if patched.shape != x.shape:
+            raise ArgumentError(f"the patch of {name} has shape {list(patched.shape)}, the intermediate {list(x.shape)}")
+        return patched
 
 
 def tracing(backend: Backend, trace: Trace | None) -> Backend:

@@ -333,8 +333,8 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Every prepared weight of a tree with its path, `layers.3.self_attn.qkv.q_proj.weight`."""
     if isinstance(tree, SimpleNamespace):
         children = list(vars(tree).items())
-    elif isinstance(tree, list):
-        children = [(str(i), child) for i, child in enumerate(tree)]
+    elif isinstance(tree, list | Stack):
+        children = [(str(i), child) for i, child in enumerate(tree.weights if isinstance(tree, Stack) else tree)]
     elif isinstance(tree, tuple) and hasattr(tree, "_fields"):
         children = list(zip(tree._fields, tree, strict=True))
     else:

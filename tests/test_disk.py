@@ -5,6 +5,7 @@ import json
 import math
 import mmap
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import npllm
 from npllm.backend import Backend
 from npllm.checkpoint import read_header
+from npllm.errors import CheckpointError, NumericsError
 from npllm.models import interpret
 from tests.compare import agree
 from tests.export import TRUTH
+from tests.refusals import refused
 
 MIB = 1 << 20
 
@@ -195,3 +199,22 @@ def test_weights_on_disk_give_what_weights_in_memory_give(name: str) -> None:
         memory.backend = disk.backend = backend
         agree(disk.forward(tokens), memory.forward(tokens), "reordered")
     assert disk.generate([3, 1, 4], max_tokens=5).tokens == memory.generate([3, 1, 4], max_tokens=5).tokens
+
+
+def test_a_file_that_becomes_shorter_is_an_error_and_not_the_end_of_the_process(tmp_path: Path) -> None:
+    shutil.copytree(TRUTH / "models" / "qwen3-moe", tmp_path / "model")
+    llm = npllm.load(tmp_path / "model", backend="numpy", weights="disk")
+    os.truncate(tmp_path / "model" / "model.safetensors", 20_000)
+    refused(CheckpointError, lambda: llm.forward([[1, 2, 3]]), "model.safetensors", "shorter")
+
+
+def test_a_damaged_expert_on_disk_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(TRUTH / "models" / "qwen3-moe", folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if ".experts." in name:
+            tensors[name][0, 0] = np.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    llm = npllm.load(folder, backend="numpy", weights="disk")
+    refused(NumericsError, lambda: llm.generate([1, 2, 3]), "experts.gate_proj.weight.0")

@@ -57,7 +57,7 @@ def test_a_native_folder_gives_what_transformers_computed(tmp_path: Path, case: 
 def test_rows_are_not_copied(tmp_path: Path, case: str) -> None:
     make_native(tmp_path, case)
     described = read_config(tmp_path)
-    handles = match(described.architecture.weight_spec(described.config), Checkpoint(tmp_path), rename=own_name)
+    handles = match(described, Checkpoint(tmp_path))
     assert all(part.mapping is not None for handle in handles.values() for part in getattr(handle, "weights", (handle,)))
 
 

@@ -65,6 +65,13 @@ def test_ties_go_to_the_lowest_index(xp: Any) -> None:
     assert index_MC.tolist() == [[0, 1, 2]] * 2
 
 
+def test_raw_logits_tell_experts_apart_where_sigmoids_do_not(xp: Any) -> None:
+    """The sigmoids of 20, 30 and 25 are all 1 in float32."""
+    rule = Router(1, scores="sigmoid", by="logits")
+    for by, index in (("logits", 1), ("scores", 0)):
+        assert blocks.route(xp, f32([20, 30, 25]), rule._replace(by=by))[0].tolist() == [[index]]
+
+
 def test_groups_are_ranked_by_their_best_or_by_their_two_best(xp: Any) -> None:
     """Sigmoids 0.9 and 0.1 against 0.6 and 0.7: the best expert is in the first group, the better pair in the second."""
     scores = np.array([[0.9, 0.1, 0.6, 0.7]])

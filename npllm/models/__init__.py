@@ -83,7 +83,7 @@ def text_part(values: dict[str, Any]) -> dict[str, Any]:
     """The text model's configuration out of a multimodal wrapper's, with what it takes from there."""
     text: dict[str, Any] = values[NESTED]
     inherited = {key: values[key] for key in INHERITED if key in values and text.get(key) is None}
-    if (wrapper := values.get("model_type")) in WRAPPERS and "model_type" not in text:
+    if (wrapper := values.get("model_type")) in WRAPPERS and text.get("model_type") is None:
         inherited["model_type"] = WRAPPERS[wrapper]
     # Either part may say that the head is tied. A head that is stored counts before both (npllm.matching.match).
     tied = {"tie_word_embeddings": True} if values.get("tie_word_embeddings") is True else {}
@@ -103,6 +103,8 @@ def interpret(values: dict[str, Any], name: str = "config.json", warn: Callable[
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in REGISTRY:
         problem = "has no model_type" if kind is None else f"model_type {shown(kind)} is not supported"
+        if isinstance(kind, str) and kind in WRAPPERS:
+            raise ConfigError(f"{name}: is a multimodal model's, but has no {NESTED}")
         raise ConfigError(f"{name}: {problem}; supported: {nearest(shown(kind, str), REGISTRY)}")
     block = read_block(values, name)
     architecture = import_module(f"npllm.models.{REGISTRY[kind]}")

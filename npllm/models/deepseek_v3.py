@@ -27,7 +27,7 @@ from npllm.arrays import Array
 from npllm.backend import Backend, merge_heads
 from npllm.blocks import CAUSAL, Angles
 from npllm.cache import Cache, LayerCache, LayerSpec, Rows
-from npllm.config import Reader
+from npllm.config import MOST_LAYERS, Reader
 from npllm.latent import (
     COMPUTED,
     LATENT_EPS,
@@ -88,7 +88,7 @@ class Config(LatentConfig):
         return cls(
             **read_latent(reader, DEFAULTS),
             router=read_router(reader, DEFAULTS, scores="sigmoid", ranking="pair", normalise=normalise),
-            num_nextn_predict_layers=reader.integer("num_nextn_predict_layers", 1, least=0),
+            num_nextn_predict_layers=reader.integer("num_nextn_predict_layers", 1, least=0, most=MOST_LAYERS),
         )
 
 

@@ -87,7 +87,7 @@ class Config(DecoderConfig):
         count = reader.integer("num_hidden_layers", 35, most=MOST_LAYERS)
         inner = read_per_layer(reader, "intermediate_size", count, lambda r, key: r.integer(key, 16384))
         fields = read_decoder(reader.seeing(intermediate_size=max(inner)), DEFAULTS)
-        streams = reader.integer("altup_num_inputs", 4, least=2)
+        streams = reader.integer("altup_num_inputs", 4, least=2, most=64)
         sizes = ("vocab_size_per_layer_input", "hidden_size_per_layer_input", "laurel_rank")
         return cls(
             **fields | {key: reader.integer(key, DEFAULTS[key]) for key in sizes},
@@ -112,7 +112,7 @@ def read_layers(reader: Reader, fields: dict[str, Any], inner: tuple[int, ...]) 
     by_default = [0.95 if i < 10 < count else 0.0 for i in range(count)]
     sparsity = read_per_layer(reader, key, count, lambda r, key: r.real(key, 0.0, positive=False), by_default)
     # In float32, since 0.99999999 is 1 there, and 1 has no quantile.
-    if not all(0 <= np.float32(share) < 1 for share in sparsity):
+    if not all(0 <= share < 1 and np.float32(share) < 1 for share in sparsity):
         raise reader.fail(key, "must lie from 0 up to, but not at, 1")
     return tuple(map(Layer, masks, ropes, inner, sparsity, sources))
 
