@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import npllm
 from npllm.checkpoint import Checkpoint
 from npllm.errors import CheckpointError, ConfigError, NumericsError
-from npllm.fp8 import TABLES
+from npllm.fp8 import TABLES, dequantise
 from npllm.handles import Scale, Weight, fingerprint
 from npllm.models import interpret
 from npllm.quantised import BLOCK, scaled
@@ -117,6 +117,13 @@ def test_a_part_takes_the_factors_of_its_blocks(view: str, block: tuple[int, int
     codes, factors = fp8.encode(values.astype(np.float32), block)
     got, want = (VIEWS[view](each) for each in (weight(codes, factors, block), fp8.decode(codes, factors, block)))
     np.testing.assert_array_equal(got.array("float32"), want, strict=True)
+
+
+def test_matrices_of_a_stack_may_share_factors_too() -> None:
+    """Blocks of two matrices, cut within the first block: of three matrices, the second begins the next."""
+    codes = np.full((3, 1, 1), 0x38, np.uint8)
+    got = dequantise(codes, np.array([[[2.0]], [[4.0]]]), (2, 1, 1), (1, 0, 0), "float32")
+    assert got.ravel().tolist() == [2.0, 4.0, 4.0]
 
 
 @st.composite

@@ -44,6 +44,7 @@ def test_class_defaults_are_those_of_transformers() -> None:
     assert v3 == interpret({"model_type": "kimi_k2"}).config
     assert (v3.hidden_size, v3.num_hidden_layers, v3.n_routed_experts, v3.router.scale) == (7168, 61, 256, 2.5)
     assert (v3.router.groups, v3.router.kept_groups, v3.router.experts_per_token) == (8, 4, 8)
+    assert (v3.router.scores, v3.router.ranking, v3.router.normalise) == ("sigmoid", "pair", True)
     assert (v3.head_dim, v3.rope.dim, v3.moe_layers) == (192, 64, (False,) * 3 + (True,) * 58)
     v2 = interpret({"model_type": "deepseek_v2", "num_experts_per_tok": 6}).config
     assert (v2.hidden_size, v2.moe_intermediate_size, v2.n_routed_experts, v2.router.groups) == (4096, 1407, 64, 1)
@@ -52,6 +53,7 @@ def test_class_defaults_are_those_of_transformers() -> None:
     assert (mistral4.head_dim, mistral4.kv_lora_rank, mistral4.n_routed_experts) == (128, 256, 128)
     assert (mistral4.rope.kind, mistral4.rope.factor, mistral4.rope.original) == ("yarn", 128.0, 8192)
     assert (mistral4.llama_4_scaling_beta, mistral4.trained_context) == (0.1, 8192)
+    assert (mistral4.router.scores, mistral4.router.normalise, mistral4.router.scale) == ("softmax", True, 1.0)
 
 
 def test_null_is_one_group_of_all_experts() -> None:

@@ -158,6 +158,16 @@ def test_a_stored_head_is_used_though_the_config_ties_it(tmp_path: Path, archite
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_stored_head_that_equals_the_embedding_is_kept_once(tmp_path: Path, architecture: str) -> None:
+    folder = make_checkpoint(tmp_path / "m", architecture)
+    stored = load_file(folder / "model.safetensors")
+    (embedding,) = (values for name, values in stored.items() if name.endswith(("wte.weight", "embed_tokens.weight")))
+    save_tensors(folder, stored | {"lm_head.weight": embedding})
+    weights = npllm.load(folder, backend="numpy").model.weights
+    assert weights.lm_head.weight is (weights.wte if architecture == "gpt2" else weights.embed_tokens).weight
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_an_untied_head_must_be_there(tmp_path: Path, architecture: str) -> None:
     folder = make_checkpoint(tmp_path / "m", architecture)
     (folder / "config.json").write_text(json.dumps(make_config(architecture, tie_word_embeddings=False)))
