@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from npllm.config import MOST_UNITS, Reader, printable, shown
 from npllm.errors import CheckpointError, ConfigError
@@ -20,10 +20,17 @@ from npllm.handles import REALS, Scale, Weight
 if TYPE_CHECKING:
     from npllm.checkpoint import SafetensorsFile
 
-Block = tuple[int, int]
 
-# Rows and columns that one factor covers, where config.json does not say.
-BLOCK: Block = (128, 128)
+class Block(NamedTuple):
+    """Rows and columns that one factor covers; `only`: factors per tensor or per row are not expected besides."""
+
+    rows: int
+    columns: int
+    only: bool = False
+
+
+# Where config.json does not say.
+BLOCK = Block(128, 128)
 
 WHAT_WORKS = "use the model's BF16 release, or one in FP8 (quant_method fp8, or compressed-tensors of 8-bit floats)"
 
@@ -48,7 +55,8 @@ def _read_fp8(reader: Reader) -> Block:
     reader.choice("fmt", "e4m3", ("e4m3",))
     if reader.raw("expert_dtype") not in (None, "fp8"):
         raise reader.fail("expert_dtype", f"is not supported; {WHAT_WORKS}")
-    return _read_sizes(reader, "weight_block_size")
+    block = _read_sizes(reader, "weight_block_size")
+    return block._replace(only=reader.raw("weight_block_size") is not None)
 
 
 def _read_compressed_tensors(reader: Reader) -> Block:
@@ -81,7 +89,7 @@ def _read_sizes(reader: Reader, key: str) -> Block:
     whole = isinstance(sizes, list) and all(type(size) is int and 0 < size <= MOST_UNITS for size in sizes)
     if not whole or len(sizes) != 2:
         raise reader.fail(key, "must be two sizes above zero, of rows and of columns")
-    return sizes[0], sizes[1]
+    return Block(*sizes)
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -158,7 +166,7 @@ def scaled(weight: Weight, scale: Weight, block: Block) -> Weight:
     wanted = ", ".join(str(list(shape)) for shape, _ in layouts(weight.shape, block))
     raise CheckpointError(
         f"{scale.source}: scale {scale.name} has shape {list(scale.shape)}; tensor {weight.name} of shape "
-        f"{list(weight.shape)}, in blocks of {block[0]} x {block[1]}, can have {wanted}"
+        f"{list(weight.shape)}, in blocks of {block.rows} x {block.columns}, can have {wanted}"
     )
 
 
@@ -167,7 +175,9 @@ def layouts(shape: tuple[int, ...], block: Block) -> Iterator[tuple[tuple[int, .
     if len(shape) >= 2:
         *lead, rows, columns = shape
         ones = (1,) * len(lead)
-        yield (*lead, -(-rows // block[0]), -(-columns // block[1])), (*ones, *block)
+        yield (*lead, -(-rows // block.rows), -(-columns // block.columns)), (*ones, block.rows, block.columns)
+        if block.only:
+            return
         yield (*lead, rows, 1), (*ones, 1, columns)
         if lead:  # stacked experts: a factor for each, or, where they lie transposed, for each of their outputs
             yield (*lead, 1, columns), (*ones, rows, 1)

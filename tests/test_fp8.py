@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from npllm.errors import CheckpointError, ConfigError, NumericsError
 from npllm.fp8 import TABLES, dequantise
 from npllm.handles import Scale, Weight, fingerprint
 from npllm.models import interpret
-from npllm.quantised import BLOCK, scaled
+from npllm.quantised import BLOCK, Block, scaled
 from tests import fp8
 from tests.compare import Array, agree
 from tests.export import TRUTH
@@ -33,7 +34,7 @@ BLOCKED = [name for name in FILE.given if "block" in FILE.given[name]]
 
 def weight(codes: Array, factors: Array, block: tuple[int, int], name: str = "x.weight") -> Weight:
     scale = Weight.of(f"{name}_scale_inv", factors)
-    return scaled(Weight(name, codes.shape, "f8_e4m3", codes, "memory"), scale, block)
+    return scaled(Weight(name, codes.shape, "f8_e4m3", codes, "memory"), scale, Block(*block))
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ def test_factors_may_be_any_real_numbers(tmp_path: Path, format: str, wide: Any)
     codes, factors = fp8.encode(np.random.default_rng(0).standard_normal((20, 30), np.float32), (16, 8))
     rounded = factors.astype(wide)
     fp8.save(tmp_path / "model.safetensors", {"x.weight": ("F8_E4M3", codes), "x.weight_scale": (format, rounded)})
-    held = Checkpoint(tmp_path, (16, 8)).weight("x.weight")
+    held = Checkpoint(tmp_path, Block(16, 8)).weight("x.weight")
     agree(held.array("float32"), fp8.decode(codes, rounded, (16, 8)), "exact")
 
 
@@ -71,7 +72,7 @@ def test_factors_may_be_powers_of_two_in_e8m0(tmp_path: Path) -> None:
     powers = np.ceil(np.log2(factors))
     tensors = {"x.weight": ("F8_E4M3", codes), "x.weight_scale_inv": ("F8_E8M0", (powers + 127).astype(np.uint8))}
     fp8.save(tmp_path / "model.safetensors", tensors)
-    held = Checkpoint(tmp_path, (16, 8)).weight("x.weight")
+    held = Checkpoint(tmp_path, Block(16, 8)).weight("x.weight")
     agree(held.array("float32"), fp8.decode(codes, np.exp2(powers), (16, 8)), "exact")
 
 
@@ -239,7 +240,7 @@ def test_releasing_lets_go_of_the_factors_file_too(tmp_path: Path) -> None:
         fp8.save(tmp_path / f"{file}.safetensors", {name: tensors[name]})
     shards = {"x.weight": "one.safetensors", "x.weight_scale_inv": "two.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-    held = Checkpoint(tmp_path, (16, 8)).weight("x.weight")
+    held = Checkpoint(tmp_path, Block(16, 8)).weight("x.weight")
     assert isinstance(held.scale, Scale)
     assert held.mapping is not held.scale.weight.mapping
     before = held.array("float32")
@@ -255,7 +256,7 @@ STACK = np.random.default_rng(1).standard_normal((3, 40, 50)).astype("float32")
 
 def opened(folder: Path, tensors: fp8.Stored, block: tuple[int, int] = (16, 8)) -> Checkpoint:
     fp8.save(folder / "model.safetensors", tensors)
-    return Checkpoint(folder, block)
+    return Checkpoint(folder, Block(*block))
 
 
 @pytest.mark.parametrize(
@@ -370,6 +371,15 @@ def test_releases_quantised_otherwise_are_known_by_their_names(tmp_path: Path, n
 # -- config.json ------------------------------------------------------------------------------------------------------
 
 
+def test_a_model_said_to_be_in_blocks_has_no_factors_of_another_kind(tmp_path: Path) -> None:
+    shutil.copytree(TRUTH / "models" / "qwen3-fp8", tmp_path, dirs_exist_ok=True)
+    tensors = fp8.load(tmp_path / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("q_proj.weight_scale_inv"))
+    for shape in ((1,), (), (len(tensors[name.removesuffix("_scale_inv")][1]), 1)):
+        fp8.save(tmp_path / "model.safetensors", tensors | {name: ("F32", np.ones(shape, np.float32))})
+        refused(CheckpointError, lambda: npllm.load(tmp_path), name, "in blocks of")
+
+
 def compressed(**weights: Any) -> dict[str, Any]:
     told = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True} | weights
     groups = {"group_0": {"targets": ["Linear"], "weights": told}}
@@ -382,17 +392,15 @@ FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 8], "acti
 @pytest.mark.parametrize(
     ("told", "block"),
     [
-        (FP8, (16, 8)), ({"quant_method": "fp8"}, BLOCK), (FP8 | {"weight_block_size": None}, BLOCK),
-        (FP8 | {"scale_fmt": "ue8m0", "modules_to_not_convert": ["lm_head"]}, (16, 8)),
+        (FP8, Block(16, 8, only=True)), ({"quant_method": "fp8"}, BLOCK), (FP8 | {"weight_block_size": None}, BLOCK),
+        (FP8 | {"scale_fmt": "ue8m0", "modules_to_not_convert": ["lm_head"]}, Block(16, 8, only=True)),
         (compressed(), BLOCK), (compressed(strategy="channel"), BLOCK),
-        (compressed(strategy="block", block_structure=[64, 32]), (64, 32)),
+        (compressed(strategy="block", block_structure=[64, 32]), Block(64, 32)),
         (compressed() | {"format": "naive-quantized", "ignore": ["lm_head"], "kv_cache_scheme": None}, BLOCK),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("place", ["model", "wrapper", "text part"])
-def test_fp8_is_accepted_with_its_blocks(
-    told: Any, block: tuple[int, int], place: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_fp8_is_accepted_with_its_blocks(told: Any, block: Block, place: str, caplog: pytest.LogCaptureFixture) -> None:
     config = make_config()
     if place == "model":
         values = config | {"quantization_config": told}

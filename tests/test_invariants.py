@@ -293,6 +293,11 @@ def test_reach_holds_every_visible_key(mask: blocks.Mask, first: int, length: in
     assert length > 1 or low == seen.min()
 
 
+def test_the_span_is_that_of_the_narrower_rule() -> None:
+    masks = (blocks.Mask(), sliding(3), chunked(5), blocks.Mask(3, 5), blocks.Mask(5, 3))
+    assert [mask.span for mask in masks] == [None, 3, 5, 3, 3]
+
+
 # -- the cache --------------------------------------------------------------------------------------------------------
 
 SPECS = [LayerSpec(1, 2, 3), LayerSpec(2, 1, 1)]
@@ -430,6 +435,18 @@ class CacheMachine(RuleBasedStateMachine):
         assert cache.nbytes == cache_bytes(self.specs, self.kv_dtype, cache.size, MOST_TOKENS, len(cache.lengths))
         assert cache.size in (0, *(capacity(length, MOST_TOKENS) for length in (1, 257, 513)))
         assert cache.size >= max(cache.lengths, default=0)
+
+
+def test_a_ring_remembers_how_far_it_was_written() -> None:
+    """Token 9 lies where token 5 lay, whatever becomes of it: from 8 on, which sees 5, no row can go on."""
+    cache = Cache(np, [LayerSpec(1, 1, 1, sliding(4))], "float32", MOST_TOKENS)
+    slot = cache.add()
+    for count, length in ((10, 9), (0, 8)):
+        rows = cache.plan([slot], [count])
+        new_MGK = np.ones((count, 1, 1), np.float32)
+        cache.layers[0].append(new_MGK, new_MGK, rows)
+        cache.advance(rows)
+        assert cache.truncate(slot, length) == (9 if count else 0)
 
 
 def split(tokens: Array, spec: LayerSpec) -> tuple[Array, Array]:

@@ -16,7 +16,7 @@ from npllm.blocks.moe import eligible
 from npllm.errors import CheckpointError
 from npllm.handles import Weight
 from npllm.models import interpret
-from npllm.quantised import scaled
+from npllm.quantised import BLOCK, scaled
 from tests import fp8
 from tests.compare import Array, norm
 from tests.export import TRUTH
@@ -187,11 +187,11 @@ def test_pitfall_14_a_partial_block_has_a_scale_of_its_own(tmp_path: Path) -> No
     """kv_a of DeepSeek V3 has 576 rows: 4 blocks of 128, and 64 rows (the rotated part of the keys) with a fifth scale."""
     codes, factors = np.full((576, 256), 0x38, np.uint8), np.arange(1, 11, dtype=np.float32).reshape(5, 2)
     held = Weight("kv_a.weight", codes.shape, "f8_e4m3", codes)
-    whole = scaled(held, Weight.of("kv_a.weight_scale_inv", factors), (128, 128))
+    whole = scaled(held, Weight.of("kv_a.weight_scale_inv", factors), BLOCK)
     for rope in (whole[512:].array("float32"), whole.array("float32")[512:]):
         np.testing.assert_array_equal(rope[:, ::128], np.tile(factors[4], (64, 1)))
     with pytest.raises(CheckpointError, match=r"\[4, 2\].*\[5, 2\]"):
-        scaled(held, Weight.of("kv_a.weight_scale_inv", factors[:4]), (128, 128))
+        scaled(held, Weight.of("kv_a.weight_scale_inv", factors[:4]), BLOCK)
 
     def without_the_last(tensors: fp8.Stored) -> fp8.Stored:
         return {name: (dtype, factors[[0] * len(factors)]) for name, (dtype, factors) in scales(tensors).items()}
