@@ -267,11 +267,15 @@ class LayerCache:
         arrays = self._read(slot, length - self.spec.kept(length), length)
         return {name: x_SGF.transpose(1, 0, 2).copy() for name, x_SGF in zip(self.spec.widths, arrays, strict=True)}
 
-    def restore(self, slot: int, contents: Mapping[str, Array], length: int) -> None:
-        """Fill an empty row with what `contents` gave."""
+    def lost(self, slot: int, length: int) -> int:
+        """How many of the oldest keys that `contents` gives a step has overwritten, one that failed or was undone."""
+        return max(0, self.reached[slot] - length) if self.spec.kept(length) == self.spec.mask.span else 0
+
+    def restore(self, slot: int, contents: Mapping[str, Array], length: int, lost: int = 0) -> None:
+        """Fill an empty row with what `contents` gave, of which the `lost` oldest keys are not to be used."""
         for stored, name in zip(self.stored, self.spec.widths, strict=True):
             self._write(stored[slot], length - self.spec.kept(length), self.xp.asarray(contents[name]))
-        self.reached[slot] = length
+        self.reached[slot] = length + lost
 
 
 class Cache:
@@ -417,9 +421,13 @@ class Cache:
             for name, array in layer.contents(slot, length).items()
         }
 
-    def restore(self, slot: int, contents: Mapping[str, Array], length: int) -> None:
-        """Fill an empty row with what `contents` gave."""
+    def lost(self, slot: int, length: int) -> list[int]:
+        """Of `contents` with this length, for each layer, how many of the oldest keys are no longer what they were."""
+        return [layer.lost(slot, length) for layer in self.layers]
+
+    def restore(self, slot: int, contents: Mapping[str, Array], length: int, lost: Sequence[int] | None = None) -> None:
+        """Fill an empty row with what `contents` gave, and `lost` beside it (None: nothing)."""
         self.reserve(length)
-        for i, layer in enumerate(self.layers):
-            layer.restore(slot, {name: contents[f"layers.{i}.{name}"] for name in layer.spec.widths}, length)
+        for i, (layer, count) in enumerate(zip(self.layers, lost or [0] * len(self.layers), strict=True)):
+            layer.restore(slot, {name: contents[f"layers.{i}.{name}"] for name in layer.spec.widths}, length, count)
         self.lengths[slot] = length

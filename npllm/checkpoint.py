@@ -209,9 +209,14 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self.files
 
+    @property
+    def shards(self) -> list[SafetensorsFile]:
+        """The files, each once."""
+        return list({file.path: file for file in self.files.values()}.values())
+
     def read_exactly(self) -> None:
         """Weights will be used where they lie: the system shall read what is used, and not what follows it in the file."""
-        for file in {id(file): file for file in self.files.values()}.values():
+        for file in self.shards:
             if file.mapping is not None and hasattr(file.mapping, "madvise"):
                 file.mapping.madvise(mmap.MADV_RANDOM)
 

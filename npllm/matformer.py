@@ -285,9 +285,8 @@ def _check_target(out: Path) -> None:
 
 def _shard_bytes(checkpoint: Checkpoint) -> int:
     """What the largest of several files holds."""
-    files = {file.path: file for file in checkpoint.files.values()}.values()
-    largest = max(max(end for _, _, _, end in file.entries.values()) for file in files)
-    return largest if len(files) > 1 else SHARD_BYTES
+    largest = max(max(end for _, _, _, end in file.entries.values()) for file in checkpoint.shards)
+    return largest if len(checkpoint.shards) > 1 else SHARD_BYTES
 
 
 def _outgoing(checkpoint: Checkpoint, handles: Mapping[str, Handle], chosen: Slice, width: int) -> dict[str, Outgoing]:

@@ -9,7 +9,8 @@ there BLAS's threads serve best, and the canonical bodies are inherited as they 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +44,11 @@ class NumpyBackend(Backend):
     @property
     def parts(self) -> int:
         return self.threads or default_threads()
+
+    def mapped(self, bundle: Any) -> Any:
+        """The handles; the arrays that they are widened to at each use take each other's memory."""
+        parallel.keep_freed_memory()
+        return super().mapped(bundle)
 
     def limited(self, tokens: int, parameters: int) -> contextlib.AbstractContextManager[None]:
         """BLAS keeps to `threads`, or to one in a step that is cut into parts, or that is too small to share."""
@@ -78,15 +84,16 @@ class NumpyBackend(Backend):
             if residual_MF is not None:
                 y_MF[:, part] += residual_MF[:, part]
 
-        with parallel.blas_threads(1):
-            parallel.each(features, self._parts_of(w.weight), self.parts)
+        if isinstance(w.weight, Weight):
+            self._spread(features, widened_parts(w.weight))
+        else:
+            self._spread(features, parallel.split(len(w.weight), max(self.parts, len(w.weight) // WIDE)))
         return y_MF
 
-    def _parts_of(self, weight: Array | Weight) -> list[slice]:
-        if isinstance(weight, Weight):
-            parallel.keep_freed_memory()
-            return widened_parts(weight)
-        return parallel.split(len(weight), max(self.parts, len(weight) // WIDE))
+    def _spread(self, work: Callable[[Any], None], items: Sequence[Any]) -> None:
+        """`work` on every item, over the threads, with BLAS keeping to one in each: `limited` may have left it more."""
+        with contextlib.nullcontext() if parallel.blas_is_alone() else parallel.blas_threads(1):
+            parallel.each(work, items, self.parts)
 
     def attention(
         self, q_MHK: Array, keys: Keys, rows: Rows, /, *, mask: Mask, scale: float, softcap: float | None = None
@@ -140,12 +147,9 @@ class NumpyBackend(Backend):
             return super().moe(x_MD, w, index_MC, weight_MC, act, weigh=weigh)
         out_MCD = np.empty((*index_MC.shape, x_MD.shape[1]), x_MD.dtype)
         pieces = self.moe_pieces(x_MD, w, index_MC, weight_MC, out_MCD, act, weigh)
-        with parallel.blas_threads(1):
-            parallel.each(lambda piece: piece(), pieces, self.parts)
+        self._spread(lambda piece: piece(), pieces)
         y_MD = np.empty_like(x_MD)
-        parallel.each(
-            lambda part: np.sum(out_MCD[part], axis=1, out=y_MD[part]), parallel.split(len(y_MD), self.parts), self.parts
-        )
+        self._spread(lambda part: np.sum(out_MCD[part], axis=1, out=y_MD[part]), parallel.split(len(y_MD), self.parts))
         return y_MD
 
     def expert(self, x_TD: Array, gate_FD: Array, up_FD: Array, down_DF: Array, act: str) -> Array:

@@ -71,10 +71,11 @@ class PromptCache:
         """Write tokens, keys and values as safetensors; the file appears whole or not at all."""
         from safetensors.numpy import save
 
-        tensors = self.cache.contents(self.slot, len(self.tokens))
+        length = len(self.tokens)
+        tensors, lost = self.cache.contents(self.slot, length), self.cache.lost(self.slot, length)
         tensors["tokens"] = np.array(self.tokens, dtype=np.int64)
         try:
-            _write_whole(Path(path), save(tensors, metadata=self._about() | {"lost": json.dumps(self._lost())}))
+            _write_whole(Path(path), save(tensors, metadata=self._about() | {"lost": json.dumps(lost)}))
         except OSError as bad:
             raise CheckpointError(f"{path}: cannot be written ({bad.strerror})") from None
 
@@ -96,18 +97,8 @@ class PromptCache:
         self.runs += 1
         self.tokens = []
         self.cache.truncate(self.slot, 0)
-        self.cache.restore(self.slot, contents, len(tokens))
-        for layer, count in zip(self.cache.layers, lost, strict=True):
-            layer.reached[self.slot] += count
+        self.cache.restore(self.slot, contents, len(tokens), lost)
         self.tokens = tokens
-
-    def _lost(self) -> list[int]:
-        """For each layer, how many of the oldest keys that are saved a step has overwritten that failed or was undone."""
-        length = len(self.tokens)
-        return [
-            max(0, layer.reached[self.slot] - length) if layer.spec.kept(length) == layer.spec.mask.span else 0
-            for layer in self.cache.layers
-        ]
 
     def _check(self, path: Path, about: dict[str, str], file: SafetensorsFile) -> None:
         differs = [key for key, value in self._about().items() if about.get(key) != value]
