@@ -222,24 +222,29 @@ class Backend:
         return rotate(self.xp, x_MHK, angles)
 
     def attention(
-        self, q_MHK: Array, keys: Keys, rows: Rows, /, *, mask: Mask, scale: float, softcap: float | None = None
-    ) -> Array:
-        """blocks.softmax_attention of each row's queries over that row's keys -> o_MHV, packed as `q_MHK`."""
+        self, q_MHK: Array, keys: Keys, rows: Rows, /, *,
+        mask: Mask, scale: float, softcap: float | None = None, sinks: Linear | None = None,
+    ) -> Array:  # fmt: skip
+        """blocks.softmax_attention of each row's queries over that row's keys -> o_MHV, packed as `q_MHK`.
+
+        `sinks` holds a score per query head [H].
+        """
         out_MHV = self.xp.empty((*q_MHK.shape[:2], keys.v_BSGV.shape[-1]), dtype=q_MHK.dtype)
-        for piece in self.attention_pieces(q_MHK, keys, rows, out_MHV, mask, scale, softcap):
+        for piece in self.attention_pieces(q_MHK, keys, rows, out_MHV, mask, scale, softcap, sinks):
             piece()
         return out_MHV
 
     def attention_pieces(
-        self, q_MHK: Array, keys: Keys, rows: Rows, out_MHV: Array, mask: Mask, scale: float, softcap: float | None
-    ) -> list[Callable[[], None]]:
+        self, q_MHK: Array, keys: Keys, rows: Rows, out_MHV: Array, mask: Mask, scale: float, softcap: float | None,
+        sinks: Linear | None,
+    ) -> list[Callable[[], None]]:  # fmt: skip
         """The attention of a step, cut into pieces that each write their part of `out_MHV`, in any order."""
-        pieces = []
+        pieces, sinks_H = [], sinks and self.dense(sinks.weight)
         for r, (_, start, begin, end) in enumerate(rows):
             k_SGK, v_SGV, first = keys.row(r)
             pieces += blocks.attention_pieces(
                 self.xp, q_MHK[begin:end], k_SGK, v_SGV, out_MHV[begin:end],
-                first_query=start, first_key=first, mask=mask, scale=scale, softcap=softcap,
+                first_query=start, first_key=first, mask=mask, scale=scale, softcap=softcap, sinks_H=sinks_H,
             )  # fmt: skip
         return pieces
 

@@ -106,6 +106,10 @@ class Keys(NamedTuple):
     Key s of row r, for s < `counts[r]`, stands at position `firsts[r] + s` and lies in slot `slots[r]` at index
     `(begins[r] + s) % S`: storage may be a ring. `widen` names the dtype to widen bfloat16 bits (uint16) to, where that is
     how they are stored.
+
+    Where `pages` has the numbers of each row's pages, storage lies as B pages of S entries each: key s of row r is entry
+    `i % S` of page `pages[r][i // S]`, with `i = begins[r] + s`; `slots` mean nothing then (PagedAttention, arXiv
+    2309.06180, section 4.1). Rows may share pages, and entries of pages that hold no key are not read.
     """
 
     k_BSGK: Array
@@ -116,15 +120,24 @@ class Keys(NamedTuple):
     begins: tuple[int, ...]
     xp: Namespace
     widen: str | None = None
+    pages: tuple[tuple[int, ...], ...] | None = None
 
     def row(self, r: int) -> tuple[Array, Array, int]:
         """Row r: k_SGK, v_SGV in the order of their positions (views where they can be), and the position of the first."""
-        k_SGK, v_SGV = (
-            unrolled(self.xp, x_BSGF[self.slots[r]], self.begins[r], self.counts[r]) for x_BSGF in (self.k_BSGK, self.v_BSGV)
-        )
+        k_SGK, v_SGV = self._stored(self.k_BSGK, r), self._stored(self.v_BSGV, r)
         if self.widen is not None:
             k_SGK, v_SGV = widen_bfloat16(k_SGK, self.widen), widen_bfloat16(v_SGV, self.widen)
         return k_SGK, v_SGV, self.firsts[r]
+
+    def _stored(self, x_BSGF: Array, r: int) -> Array:
+        begin, count = self.begins[r], self.counts[r]
+        if self.pages is None:
+            return unrolled(self.xp, x_BSGF[self.slots[r]], begin, count)
+        size = x_BSGF.shape[1]
+        first, end = begin // size, -(-(begin + count) // size)
+        filled = x_BSGF[self.xp.asarray(self.pages[r][first:end], dtype="int64")]
+        in_order = filled.reshape(filled.shape[0] * size, *filled.shape[2:])
+        return in_order[begin - first * size :][:count]
 
     @classmethod
     def of(cls, xp: Namespace, k_SGK: Array, v_SGV: Array, first: int) -> Keys:
@@ -134,7 +147,8 @@ class Keys(NamedTuple):
     def only(self, r: int) -> Keys:
         """Row r alone."""
         slots, counts, firsts, begins = ((each[r],) for each in (self.slots, self.counts, self.firsts, self.begins))
-        return self._replace(slots=slots, counts=counts, firsts=firsts, begins=begins)
+        pages = self.pages and (self.pages[r],)
+        return self._replace(slots=slots, counts=counts, firsts=firsts, begins=begins, pages=pages)
 
 
 def unrolled(xp: Namespace, ring: Array, begin: int, count: int) -> Array:

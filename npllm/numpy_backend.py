@@ -96,12 +96,13 @@ class NumpyBackend(Backend):
             parallel.each(work, items, self.parts)
 
     def attention(
-        self, q_MHK: Array, keys: Keys, rows: Rows, /, *, mask: Mask, scale: float, softcap: float | None = None
-    ) -> Array:
+        self, q_MHK: Array, keys: Keys, rows: Rows, /, *,
+        mask: Mask, scale: float, softcap: float | None = None, sinks: Linear | None = None,
+    ) -> Array:  # fmt: skip
         if len(q_MHK) < SPLIT:
-            return super().attention(q_MHK, keys, rows, mask=mask, scale=scale, softcap=softcap)
+            return super().attention(q_MHK, keys, rows, mask=mask, scale=scale, softcap=softcap, sinks=sinks)
         out_MHV = np.empty((*q_MHK.shape[:2], keys.v_BSGV.shape[-1]), q_MHK.dtype)
-        pieces = self.attention_pieces(q_MHK, keys, rows, out_MHV, mask, scale, softcap)
+        pieces = self.attention_pieces(q_MHK, keys, rows, out_MHV, mask, scale, softcap, sinks)
         parallel.each(lambda piece: piece(), pieces, self.parts)
         return out_MHV
 

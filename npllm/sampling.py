@@ -147,23 +147,40 @@ class Sampler:
         s = self.sampling
         if s.temperature == 0.0:
             return int(np.argmax(logits_N))
-        tokens = np.arange(len(logits_N))
-        logits = logits_N.astype(np.float64)
-        logits -= logits.max()
-        with np.errstate(over="ignore"):  # a temperature next to zero sends all but the likeliest to -inf
-            logits /= s.temperature
-        if 0 < s.top_k < len(logits):
-            tokens = most_likely(logits, s.top_k)
-            logits = logits[tokens]
-        if s.top_p < 1.0:
-            kept = _nucleus(logits, s.top_p)
-            tokens, logits = tokens[kept], logits[kept]
-        if s.min_p > 0.0:
-            kept = logits >= logits.max() + math.log(s.min_p)
-            tokens, logits = tokens[kept], logits[kept]
-        mass = np.cumsum(np.exp(logits - logits.max()))
+        tokens, weights = candidates(logits_N, s)
+        mass = np.cumsum(weights)
         index = np.searchsorted(mass, self.random.random() * mass[-1], side="right")
         return int(tokens[min(int(index), len(tokens) - 1)])
+
+
+def candidates(logits_N: Array, sampling: Sampling) -> tuple[Array, Array]:
+    """The tokens that may be drawn at a temperature above 0 [C], and in which proportion, float64 [C]."""
+    s, tokens = sampling, np.arange(len(logits_N))
+    logits = logits_N.astype(np.float64)
+    logits -= logits.max()
+    with np.errstate(over="ignore"):  # a temperature next to zero sends all but the likeliest to -inf
+        logits /= s.temperature
+    if 0 < s.top_k < len(logits):
+        tokens = most_likely(logits, s.top_k)
+        logits = logits[tokens]
+    if s.top_p < 1.0:
+        kept = _nucleus(logits, s.top_p)
+        tokens, logits = tokens[kept], logits[kept]
+    if s.min_p > 0.0:
+        kept = logits >= logits.max() + math.log(s.min_p)
+        tokens, logits = tokens[kept], logits[kept]
+    return tokens, np.exp(logits - logits.max())
+
+
+def probabilities(logits_N: Array, sampling: Sampling) -> Array:
+    """What each token is drawn with, float64 [N]; at temperature 0 all goes to one. Penalties and biases take no part."""
+    out_N = np.zeros(len(logits_N))
+    if sampling.temperature == 0.0:
+        out_N[np.argmax(logits_N)] = 1.0
+        return out_N
+    tokens, weights = candidates(logits_N, sampling)
+    out_N[tokens] = weights / weights.sum()
+    return out_N
 
 
 def check_finite(logits: Array) -> None:

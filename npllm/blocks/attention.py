@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from npllm.arrays import Array, DTypeLike, Namespace
@@ -19,15 +19,22 @@ SCORES = 1 << 18
 MOST_SCORES = 1 << 22
 
 
-def softmax(xp: Namespace, scores_S: Array) -> Array:
-    """Softmax over the last axis (any leading axes), in place, less the row's maximum; a row of nothing but -inf gives 0."""
+def softmax(xp: Namespace, scores_S: Array, sink: Array | None = None) -> Array:
+    """Softmax over the last axis (any leading axes), in place, less the row's maximum; a row of nothing but -inf gives 0.
+
+    `sink` is one more score per row (its last axis is 1), which takes its part of the sum and has no place in the result.
+    """
     # CuPy's max has no `initial`, so rows without keys leave here.
     if not scores_S.shape[-1]:
         return scores_S
     top = xp.max(scores_S, axis=-1, keepdims=True)
-    scores_S -= xp.where(top == -math.inf, scores_S.dtype.type(0), top)
+    top = top if sink is None else xp.maximum(top, sink)
+    top = xp.where(top == -math.inf, scores_S.dtype.type(0), top)
+    scores_S -= top
     xp.exp(scores_S, out=scores_S)
     total = xp.sum(scores_S, axis=-1, keepdims=True)
+    if sink is not None:
+        total += xp.exp(sink - top)
     scores_S /= xp.where(total == 0, scores_S.dtype.type(1), total)
     return scores_S
 
@@ -58,21 +65,28 @@ def softmax_attention(
     *,
     scale: float,
     softcap: float | None = None,
+    sinks_H: Array | None = None,
 ) -> Array:
     """`softmax(mask(softcap(scale * q k^T))) v` per head -> o_THV (Vaswani et al. 2017; grouped heads: arXiv 2305.13245).
 
     Query head h reads key/value head `h // (H / G)`. The soft cap comes before the mask, else -inf would become -cap. The
     mask selects; it never adds or multiplies. A query that may see nothing gives 0. T = 0 and S = 0 are legal.
+
+    A head's sink is a learned score that joins each softmax of that head, as of a key without a value: attention may go
+    nowhere (gpt-oss, arXiv 2508.10925; arXiv 2309.17453). It is neither scaled nor capped, and no mask hides it.
     """
     if q_THK.dtype.itemsize < 4:
         q, k, v = (xp.asarray(x, dtype="float32") for x in (q_THK, k_SGK, v_SGV))
-        return softmax_attention(xp, q, k, v, allowed_TS, scale=scale, softcap=softcap).astype(q_THK.dtype)
+        sinks = None if sinks_H is None else xp.asarray(sinks_H, dtype="float32")
+        o_THV = softmax_attention(xp, q, k, v, allowed_TS, scale=scale, softcap=softcap, sinks_H=sinks)
+        return o_THV.astype(q_THK.dtype)
     (T, H, K), (_, G, V) = q_THK.shape, v_SGV.shape
     q_GRTK = q_THK.reshape(T, G, H // G, K).transpose(1, 2, 0, 3) * q_THK.dtype.type(scale)
     scores_GRTS = q_GRTK @ k_SGK.transpose(1, 2, 0)[:, None]
     scores_GRTS = soft_cap(xp, scores_GRTS, softcap)
     xp.copyto(scores_GRTS, scores_GRTS.dtype.type(-math.inf), where=~allowed_TS)
-    o_GRTV = softmax(xp, scores_GRTS) @ v_SGV.transpose(1, 0, 2)[:, None]
+    sink_GR11 = None if sinks_H is None else sinks_H.reshape(G, H // G, 1, 1)
+    o_GRTV = softmax(xp, scores_GRTS, sink_GR11) @ v_SGV.transpose(1, 0, 2)[:, None]
     return o_GRTV.transpose(2, 0, 1, 3).reshape(T, H, V)
 
 
@@ -88,6 +102,7 @@ def attention_pieces(
     mask: Mask,
     scale: float,
     softcap: float | None = None,
+    sinks_H: Array | None = None,
     block: int = QUERY_BLOCK,
 ) -> list[Callable[[], None]]:
     """`softmax_attention` for consecutive positions, cut into pieces that each write their part of `out_THV`.
@@ -110,7 +125,8 @@ def attention_pieces(
             queries = slice(g * H // G, (g + heads) * H // G)
             inputs = q_THK[start:stop, queries], k_SGK[near:far, g : g + heads], v_SGV[near:far, g : g + heads]
             target = out_THV[start:stop, queries]
-            pieces.append(functools.partial(_piece, xp, inputs, positions, mask, target, scale, softcap))
+            how = {"scale": scale, "softcap": softcap, "sinks_H": None if sinks_H is None else sinks_H[queries]}
+            pieces.append(functools.partial(_piece, xp, inputs, positions, mask, target, how))
     return pieces
 
 
@@ -120,12 +136,11 @@ def _piece(
     positions: tuple[range, range],
     mask: Mask,
     target: Array,
-    scale: float,
-    softcap: float | None,
+    how: Mapping[str, Any],
 ) -> None:
     query_T, key_S = (xp.arange(each.start, each.stop, dtype="int64") for each in positions)
     allowed_TS = mask.allowed(xp, query_T, key_S)
-    target[...] = softmax_attention(xp, *inputs, allowed_TS, scale=scale, softcap=softcap)
+    target[...] = softmax_attention(xp, *inputs, allowed_TS, **how)
 
 
 def blocked_attention(xp: Namespace, q_THK: Array, k_SGK: Array, v_SGV: Array, **place: Any) -> Array:
