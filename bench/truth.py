@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 
 import npllm
 from bench.canon import about
-from tests.compare import Array, norm, ratio
+from npllm.arrays import Array
+from npllm.testing.compare import norm, ratio
 from tests.export import CASES, TRUTH
 
 

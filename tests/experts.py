@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.compare import Array
+from npllm.arrays import Array
 from tests.models import save_tensors
 
 # A module that holds experts, and what gate, up and down are called within one.

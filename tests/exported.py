@@ -8,12 +8,12 @@ import pytest
 from safetensors import safe_open
 
 from npllm import blocks
+from npllm.arrays import Array
 from npllm.backend import Backend, merge_heads
 from npllm.cache import LayerCache, LayerSpec, Rows
 from npllm.latent import LATENT_EPS, latent_queries
 from npllm.models import interpret
 from npllm.weights import Experts, Gate, GatedFFN, LatentKV, Linear
-from tests.compare import Array
 from tests.export import TRUTH, stale
 
 Parameters = dict[str, Any]

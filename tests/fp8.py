@@ -7,8 +7,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from npllm.arrays import Array
 from npllm.handles import FORMATS, SCALE_FORMATS
-from tests.compare import Array
 
 LARGEST = 448.0
 Stored = dict[str, tuple[str, Array]]

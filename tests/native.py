@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from tests.compare import Array
+from npllm.arrays import Array
 from tests.export import TRUTH
 
 Tensors = dict[str, Array]

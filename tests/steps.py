@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from npllm import LLM
+from npllm.arrays import Array
 from npllm.cache import Cache
-from tests.compare import Array
 
 
 def step(llm: LLM, cache: Cache, slots: Sequence[int], pieces: Sequence[Array]) -> list[Array]:

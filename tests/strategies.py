@@ -9,9 +9,9 @@ import numpy as np
 from hypothesis import strategies as st
 
 from npllm import LLM, Backend
+from npllm.arrays import Array
 from npllm.blocks import Mask
 from npllm.models import REGISTRY, Described, interpret
-from tests.compare import Array
 from tests.export import CASES
 
 SIZES: dict[str, st.SearchStrategy[int]] = {

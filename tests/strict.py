@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from npllm.arrays import Array
 from npllm.backend import Backend
-from tests.compare import Array
 
 SHARED = """abs add all any arange argmax argmin argsort array asarray broadcast_to ceil clip concatenate copyto cos
     cumsum divide equal exp expand_dims flip floor floor_divide full full_like greater greater_equal isfinite isinf

@@ -3,6 +3,7 @@
 Each runs on NumPy and on the strict module (tests.strict).
 """
 
+import itertools
 import math
 from typing import Any
 
@@ -11,12 +12,14 @@ import numpy as np
 import pytest
 
 from npllm import blocks
+from npllm.arrays import Array
 from npllm.backend import LN, RMS, Backend
 from npllm.blocks.rope import yarn_attention_factor
-from npllm.cache import Cache, LayerSpec
+from npllm.cache import Cache, Keys, LayerSpec, Rows
 from npllm.config import Reader, read_rope
+from npllm.testing.compare import unmodified
 from npllm.weights import MLP, GatedFFN, Linear
-from tests.compare import Array, agree, unmodified
+from tests.compare import agree
 from tests.exported import FILES, both_dtypes, cases_of, lookup
 from tests.strict import STRICT, StrictBackend
 
@@ -201,6 +204,62 @@ def test_attention_of_nothing(xp: Any) -> None:
         agree(got, want, "exact", literal=True)
         got = blocks.blocked_attention(xp, q_THK, k_SGK, v_SGV, first_query=S, first_key=0, mask=blocks.CAUSAL, scale=1.0)
         assert got.shape == want.shape
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_a_sink_is_a_key_without_a_value(xp: Any, dtype: str) -> None:
+    """Against the softmax with one more column, which is then dropped; a sink is not scaled, capped or masked."""
+    dice = np.random.default_rng(0)
+    q_THK, k_SGK, v_SGV = (dice.standard_normal(shape).astype(dtype) for shape in ((3, 4, 6), (5, 2, 6), (5, 2, 7)))
+    sinks_H = np.array([0.5, -3, 9, -np.inf], dtype)
+    seen_TS = np.array([[1, 1, 0, 0, 0], [0, 1, 1, 1, 1], [0, 0, 0, 0, 0]], bool)
+    with unmodified(q_THK, k_SGK, v_SGV, sinks_H):
+        got = blocks.softmax_attention(xp, q_THK, k_SGK, v_SGV, seen_TS, scale=0.4, softcap=2.0, sinks_H=sinks_H)
+    assert got.dtype == dtype
+    wide = [x.astype(np.float64) for x in (q_THK, k_SGK, v_SGV)]
+    want = np.zeros((3, 4, 7))
+    for t, h in np.ndindex(2, 4):
+        scores = [2 * math.tanh(0.4 * float(wide[0][t, h] @ k) / 2) for k in wide[1][seen_TS[t], h // 2]]
+        parts = np.exp([*scores, sinks_H[h]])
+        want[t, h] = parts[:-1] / parts.sum() @ wide[2][seen_TS[t], h // 2]
+    np.testing.assert_allclose(got, want, rtol=0, atol=16 * np.finfo(dtype).eps)
+
+
+def test_a_sink_far_above_all_scores_leaves_nothing(xp: Any) -> None:
+    """It takes part in the maximum, so that nothing overflows."""
+    q_THK, k_SGK, v_SGV = f32([[1.0]]), f32([[2.0]], [[3.0]]), f32([[5.0]], [[6.0]])
+    o_THV = blocks.softmax_attention(xp, q_THK, k_SGK, v_SGV, np.ones((1, 2), bool), scale=1.0, sinks_H=f32(1e4))
+    agree(o_THV, f32([[0.0]]), "exact", literal=True)
+
+
+@pytest.mark.parametrize("page", [1, 3, 4])
+def test_rows_in_pages_are_rows(be: Backend, page: int) -> None:
+    """Pages in any order, shared by rows, the last partly filled: what no key lies in is NaN and is not read."""
+    dice, counts, starts = np.random.default_rng(0), (7, 0, 8, 5), (5, 0, 8, 2)
+    rows = Rows((0, 1, 2, 3), starts, (2, 0, 0, 3), np.array([5, 6, 2, 3, 4]))
+    k_BSGF, v_BSGF = (dice.standard_normal((4, 8, 2, width)).astype(np.float32) for width in (6, 7))
+    k_BSGF[3, :page], v_BSGF[3, :page] = k_BSGF[0, :page], v_BSGF[0, :page]
+    of_row = -(-8 // page)
+    order = dice.permutation(4 * of_row)
+    pages = [tuple(order[r * of_row : (r + 1) * of_row].tolist()) for r in range(4)]
+    pages[3] = pages[0][:1] + pages[3][1:]
+    stored = [np.full((4 * of_row, page, 2, x.shape[-1]), np.nan, np.float32) for x in (k_BSGF, v_BSGF)]
+    for (r, count), (x_BSGF, paged) in itertools.product(enumerate(counts), zip((k_BSGF, v_BSGF), stored, strict=True)):
+        for s in range(count):
+            paged[pages[r][s // page], s % page] = x_BSGF[r, s]
+    dense = Keys(k_BSGF, v_BSGF, rows.slots, counts, (0,) * 4, (0,) * 4, np)
+    keys = Keys(*stored, (0,) * 4, counts, (0,) * 4, (0,) * 4, np, pages=tuple(pages))
+    q_MHK = dice.standard_normal((5, 4, 6)).astype(np.float32)
+    sinks = Linear(f32(0.3, -1, 2, 0))
+    with unmodified(*stored):
+        got = be.attention(q_MHK, keys, rows, mask=blocks.sliding(5), scale=0.4, sinks=sinks)
+    agree(got, be.attention(q_MHK, dense, rows, mask=blocks.sliding(5), scale=0.4, sinks=sinks), "exact", literal=True)
+    alone = be.attention(q_MHK[2:], keys.only(3), rows.only(3), mask=blocks.sliding(5), scale=0.4, sinks=sinks)
+    agree(alone, got[2:], "exact", literal=True)
+    # The first entry may lie within a page.
+    behind = keys._replace(begins=(2,) * 4, counts=(5, 0, 6, 3), firsts=(2,) * 4)
+    for mine, theirs in zip(behind.row(0), dense.row(0), strict=True):
+        np.testing.assert_array_equal(mine, theirs[2:] if isinstance(theirs, np.ndarray) else 2)
 
 
 # -- by hand: activations and backend operations ----------------------------------------------------------------------

@@ -17,11 +17,12 @@ from safetensors.numpy import load_file
 
 import npllm
 from npllm import blocks
+from npllm.arrays import Array
 from npllm.backend import Backend
 from npllm.cache import Cache, LayerSpec
 from npllm.numpy_backend import NumpyBackend
 from tests import strategies as our
-from tests.compare import Array, agree
+from tests.compare import agree
 from tests.export import CASES, TRUTH
 from tests.exported import FILES, Parameters, latent_attention, latent_spec, lookup, mixture
 from tests.steps import step

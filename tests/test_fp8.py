@@ -15,6 +15,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import npllm
+from npllm.arrays import Array
 from npllm.checkpoint import Checkpoint
 from npllm.errors import CheckpointError, ConfigError, NumericsError
 from npllm.fp8 import TABLES, dequantise
@@ -22,7 +23,7 @@ from npllm.handles import Scale, Weight, fingerprint
 from npllm.models import interpret
 from npllm.quantised import BLOCK, Block, scaled
 from tests import fp8
-from tests.compare import Array, agree
+from tests.compare import agree
 from tests.export import TRUTH
 from tests.exported import FILES
 from tests.models import PREFIX, make_checkpoint, make_config, make_tensors

@@ -8,12 +8,14 @@ from safetensors.numpy import load_file
 
 import npllm
 from npllm import blocks
+from npllm.arrays import Array
 from npllm.backend import Backend
 from npllm.blocks import rope as rope_module
 from npllm.models import interpret
 from npllm.numpy_backend import NumpyBackend
+from npllm.testing.compare import unmodified
 from npllm.weights import Linear
-from tests.compare import LIMITS, Array, agree, unmodified
+from tests.compare import LIMITS, agree
 from tests.export import TRUTH
 from tests.shapecheck import ShapeError, block_functions, checked, returned_names, shapes_checked
 from tests.steps import in_pieces
@@ -63,7 +65,7 @@ def test_the_message_says_how_far_and_where() -> None:
         agree(changed((3, 7), 9.0), changed((3, 7), 1.0), "truth")
     message = str(raised.value)
     assert "largest error 8.000e+00" in message
-    assert "worst at [3, 7]: got 9.0, want 1.0 [truth]" in message
+    assert f"worst at [3, 7]: got 9.0, want 1.0 [{LIMITS['truth'].why}]" in message
 
 
 def test_one_wrong_element_of_many_is_found() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from npllm import LLM, Backend, blocks
+from npllm.arrays import Array
 from npllm.blocks import chunked, sliding
 from npllm.blocks.attention import softmax
 from npllm.cache import FIRST_CAPACITY, KV_BYTES, Cache, Keys, LayerSpec, cache_bytes, capacity
@@ -20,7 +21,7 @@ from npllm.errors import ArgumentError
 from npllm.models import interpret
 from npllm.numpy_backend import NumpyBackend
 from tests import strategies as our
-from tests.compare import Array, agree
+from tests.compare import agree
 from tests.steps import in_pieces, step
 
 pytestmark = pytest.mark.usefixtures("checked_shapes")

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import npllm
 from npllm import LLM, Backend
+from npllm.arrays import Array
 from npllm.cache import Cache
 from npllm.errors import ArgumentError, CheckpointError, ConfigError
 from npllm.handles import Scale, Weight
@@ -22,7 +23,7 @@ from npllm.model import Model
 from npllm.models import Described, interpret
 from npllm.weights import build_tree, count_parameters, random_weights
 from tests import strategies as our
-from tests.compare import Array, agree
+from tests.compare import agree
 from tests.export import CASES, TRUTH
 from tests.models import make_checkpoint
 from tests.refusals import refused

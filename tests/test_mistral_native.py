@@ -13,6 +13,7 @@ from hub_server import HubServer
 from safetensors.numpy import load_file, save_file
 
 import npllm
+from npllm.arrays import Array
 from npllm.checkpoint import Checkpoint, find_weights
 from npllm.config import printable
 from npllm.errors import CheckpointError, ConfigError, HubError
@@ -20,7 +21,7 @@ from npllm.hub import fetch
 from npllm.matching import match
 from npllm.mistral_native import TOWERS, config_values, own_name
 from npllm.models import interpret, read_config
-from tests.compare import Array, agree
+from tests.compare import agree
 from tests.export import TRUTH
 from tests.native import make_native, native_tensors
 from tests.published import mistral as published

@@ -8,10 +8,12 @@ from hypothesis import given as drawn
 from hypothesis import strategies as st
 
 from npllm import blocks
+from npllm.arrays import Array
 from npllm.backend import Backend
 from npllm.numpy_backend import NumpyBackend
+from npllm.testing.compare import norm, unmodified
 from tests import strategies as our
-from tests.compare import Array, agree, norm, unmodified
+from tests.compare import agree
 from tests.exported import Parameters, Tensors, both_dtypes, cases_of, latent_attention, latent_spec, lookup
 from tests.strict import StrictBackend
 

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from npllm import blocks
+from npllm.arrays import Array
 from npllm.backend import Backend
 from npllm.blocks import Router
 from npllm.numpy_backend import NumpyBackend
+from npllm.testing.compare import norm, unmodified
 from npllm.weights import GatedFFN, Linear
-from tests.compare import Array, agree, norm, unmodified
+from tests.compare import agree
 from tests.exported import Parameters, both_dtypes, cases_of, config_of, experts_of, gate_of, gated_ffn_of, lookup, mixture
 from tests.strict import STRICT, StrictBackend
 

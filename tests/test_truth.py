@@ -12,8 +12,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import npllm
+from npllm.arrays import Array
 from npllm.backend import Backend
-from tests.compare import Array, agree
+from tests.compare import agree
 from tests.export import CASES, TRUTH, read_provenance, stale
 from tests.steps import in_pieces, step
 

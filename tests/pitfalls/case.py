@@ -7,8 +7,10 @@ from typing import Any
 from safetensors.numpy import load_file, save_file
 
 import npllm
+from npllm.arrays import Array
 from npllm.backend import Backend
-from tests.compare import LIMITS, Array, norm
+from npllm.testing.compare import norm
+from tests.compare import LIMITS
 from tests.export import TRUTH
 from tests.models import ABSENT
 

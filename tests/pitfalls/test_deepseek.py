@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 import npllm
 from npllm import blocks
+from npllm.arrays import Array
 from npllm.backend import Backend
 from npllm.blocks import Router
 from npllm.blocks.moe import eligible
@@ -17,8 +18,8 @@ from npllm.errors import CheckpointError
 from npllm.handles import Weight
 from npllm.models import interpret
 from npllm.quantised import BLOCK, scaled
+from npllm.testing.compare import norm
 from tests import fp8
-from tests.compare import Array, norm
 from tests.export import TRUTH
 from tests.models import ABSENT, make_checkpoint
 from tests.native import interleaved_rows

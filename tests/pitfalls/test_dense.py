@@ -9,13 +9,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import npllm
+from npllm.arrays import Array
 from npllm.backend import Backend
 from npllm.blocks import CAUSAL, sliding
 from npllm.checkpoint import find_weights
 from npllm.errors import CheckpointError
 from npllm.models import interpret
+from npllm.testing.compare import norm
 from npllm.weights import count_parameters
-from tests.compare import Array, norm
 from tests.models import ABSENT
 from tests.native import interleaved_rows, make_native
 from tests.pitfalls.case import RIGHT, WRONG, Case

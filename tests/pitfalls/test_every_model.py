@@ -9,13 +9,14 @@ import pytest
 
 import npllm
 from npllm import blocks
+from npllm.arrays import Array
 from npllm.backend import Backend
 from npllm.blocks import Angles, Rope
 from npllm.blocks.dtypes import round_to_bfloat16, widen_bfloat16
 from npllm.models import interpret
 from npllm.numpy_backend import NumpyBackend
 from npllm.reasoning import opens_reasoning, split_reasoning
-from tests.compare import Array, norm
+from npllm.testing.compare import norm
 from tests.models import CHATML, END, make_checkpoint, make_config
 from tests.pitfalls.case import RIGHT, WRONG
 from tests.talker import make_talker

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from npllm.arrays import Array
 from npllm.backend import Backend
 from npllm.blocks import CAUSAL, sliding
 from npllm.blocks.dtypes import round_to_bfloat16, widen_bfloat16
 from npllm.models import interpret
-from tests.compare import Array, norm
+from npllm.testing.compare import norm
 from tests.models import ABSENT
 from tests.pitfalls.case import RIGHT, WRONG, Case
 from tests.published import MODELS

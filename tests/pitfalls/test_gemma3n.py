@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from npllm import blocks
+from npllm.arrays import Array
 from npllm.models import gemma3n
-from tests.compare import Array, norm
+from npllm.testing.compare import norm
 from tests.pitfalls.case import RIGHT, WRONG, Case
 
 

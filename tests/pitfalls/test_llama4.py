@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from npllm import blocks
+from npllm.arrays import Array
 from npllm.backend import Backend
 from npllm.blocks import Rope, frequencies, sliding
 from npllm.blocks.dtypes import round_to_bfloat16, widen_bfloat16
 from npllm.errors import CheckpointError
 from npllm.models import interpret
-from tests.compare import Array
 from tests.models import ABSENT
 from tests.pitfalls.case import RIGHT, WRONG, Case
 
