@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 
 from npllm import __version__
-from npllm.cli import bench, chat, convert, doctor, generate, output, score, slice
+from npllm.cli import bench, chat, convert, diff, doctor, generate, output, score, slice, verify
 from npllm.cli.options import Parser, UsageError, add_general
 from npllm.errors import NpllmError
 
@@ -26,6 +26,8 @@ VERBS = {
     "bench": bench,
     "convert": convert,
     "slice": slice,
+    "verify": verify,
+    "diff": diff,
     "doctor": doctor,
 }
 

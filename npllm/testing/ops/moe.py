@@ -1,0 +1,186 @@
+"""Mixtures of experts: each token's chosen experts, weighted and summed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from npllm.arrays import Array
+from npllm.backend import Backend
+from npllm.blocks.ffn import ACTIVATIONS
+from npllm.handles import Stack
+from npllm.testing.case import Case, Draw
+from npllm.testing.estimate import Estimate, applied, exact, growth, linear, rounded, stored, summation, times
+from npllm.testing.operation import Arrays, Operation, Settings
+from npllm.testing.ops import feed
+from npllm.testing.ops.moe_mistakes import MISTAKES
+from npllm.testing.rounding import Format, Rounding
+from npllm.weights import Experts, Linear
+
+
+def run(be: Backend, inputs: Arrays, settings: Settings) -> tuple[Array, ...]:
+    parts = (Linear(stack(name, inputs[name])) for name in ("gate", "up", "down"))
+    prepared: Any = be.prepare(Experts(*parts))
+    x, index, weight = (feed.activation(be, inputs[name]) for name in ("x", "index", "weight"))
+    return (be.moe(x, prepared, index, weight, settings["act"], weigh=settings.get("weigh", "output")),)
+
+
+def stack(name: str, x_EFD: Array) -> Stack:
+    return Stack(name, tuple(feed.handle(f"{name}.{e}", x) for e, x in enumerate(x_EFD)))
+
+
+# -- the budget -------------------------------------------------------------------------------------------------------
+
+
+def estimate(inputs: Arrays, settings: Settings, rounding: Rounding, got: Arrays | None) -> tuple[Estimate, ...]:
+    at, index, weight = rounding.format("accumulate"), inputs["index"], inputs["weight"]
+    on_input = settings.get("weigh", "output") == "input"
+    y = by_expert(inputs, on_input, settings["act"], rounding)
+    weights = np.ones_like(weight) if on_input else weight
+    return (rounded(weighted_sum(y, index, weights, at), rounding.format("output")),)
+
+
+def by_expert(inputs: Arrays, on_input: bool, act: str, rounding: Rounding) -> Estimate:
+    """What each chosen expert says, before weights on the output [M, C, D]."""
+    at, (M, C), D = rounding.format("accumulate"), inputs["index"].shape, inputs["x"].shape[1]
+    out = Estimate(*(np.zeros((M, C, D)) for _ in range(3)))
+    for e in np.unique(inputs["index"]):
+        token, choice = np.nonzero(inputs["index"] == e)
+        x = exact(inputs["x"][token])
+        if on_input:
+            x = stored(times(x, exact(inputs["weight"][token, choice][:, None]), at), at, rounding.format("hidden"))
+        gate, up, down = (exact(inputs[name][e]) for name in ("gate", "up", "down"))
+        y = expert(x, (gate, up), down, act, rounding)
+        for whole, part in zip(out, y, strict=True):
+            whole[token, choice] = part
+    return out
+
+
+def expert(x_TD: Estimate, two_FD: tuple[Estimate, Estimate], down_DF: Estimate, act: str, rounding: Rounding) -> Estimate:
+    """`down(act(gate x) * up x)`, as an expert hands it on; gate and up are the two."""
+    at, features = rounding.format("accumulate"), rounding.format("features")
+    gate_TF, up_TF = (stored(linear(x_TD, part, at), at, features) for part in two_FD)
+    active_TF = stored(applied(lambda x: ACTIVATIONS[act](np, x), gate_TF, at), at, features)
+    hidden_TF = stored(times(active_TF, up_TF, at), at, rounding.format("hidden"))
+    return stored(linear(hidden_TF, down_DF, at), at, rounding.format("partial"))
+
+
+def weighted_sum(y_MCD: Estimate, index_MC: Array, weight_MC: Array, at: Format) -> Estimate:
+    """`sum over c of weight_c y_c`. An expert chosen twice makes the same error twice: its weights add before squares do."""
+    same_MCC = index_MC[:, :, None] == index_MC[:, None, :]
+    shared_MC = np.einsum("mcd,md->mc", same_MCC, weight_MC) * weight_MC
+    w_MC1, C = weight_MC[:, :, None], index_MC.shape[1]
+    terms = y_MCD.value * w_MC1
+    total, squares = terms.sum(axis=1), (terms**2).sum(axis=1)
+    variance = (y_MCD.variance * shared_MC[:, :, None]).sum(axis=1) + (at.spacing(terms) ** 2 / 12.0).sum(axis=1)
+    bound = (y_MCD.bound * np.abs(w_MC1)).sum(axis=1)
+    grown = growth(C + 1, at) * (np.abs(terms).sum(axis=1) + bound) + C * 2.0 ** (at.least - at.bits)
+    return Estimate(total, variance + summation(total, squares, C, at), bound + grown)
+
+
+# -- cases ------------------------------------------------------------------------------------------------------------
+
+
+def uniform(dice: np.random.Generator, M: int, E: int, C: int) -> Array:
+    """Distinct experts, any equally likely."""
+    return dice.permuted(np.tile(np.arange(E), (M, 1)), axis=1)[:, :C]
+
+
+def skewed(dice: np.random.Generator, M: int, E: int, C: int) -> Array:
+    """Low numbers are chosen far more often, and in most draws some experts by nobody."""
+    keys = dice.gumbel(size=(M, E)) - 0.5 * np.arange(E)
+    return np.argsort(-keys, axis=1)[:, :C]
+
+
+def crowded(dice: np.random.Generator, M: int, E: int, C: int) -> Array:
+    """All tokens go to the same experts, the last ones."""
+    return np.tile(np.arange(E - C, E), (M, 1))
+
+
+def twice(dice: np.random.Generator, M: int, E: int, C: int) -> Array:
+    """The first expert of a token is its last one too."""
+    index = uniform(dice, M, E, C)
+    index[:, -1] = index[:, 0]
+    return index
+
+
+def normalised(dice: np.random.Generator, M: int, C: int) -> Array:
+    odds = dice.uniform(0.3, 1.0, (M, C))
+    return odds / odds.sum(axis=1, keepdims=True)
+
+
+def cancelling(dice: np.random.Generator, M: int, C: int) -> Array:
+    """Of both signs, with sum 0."""
+    weight = dice.uniform(0.5, 1.5, (M, C))
+    return np.asarray(weight - weight.mean(axis=1, keepdims=True))
+
+
+def tiny(dice: np.random.Generator, M: int, C: int) -> Array:
+    """All but the first are small."""
+    return np.where(np.arange(C) == 0, 0.75, 2.0**-10 * dice.uniform(0.5, 1.0, (M, C)))
+
+
+def mixture(M: int, D: int, F: int, E: int, C: int, index: Any = uniform, weight: Any = normalised) -> Draw:
+    """M tokens, D wide, to C of E experts, F wide."""
+
+    def draw(dice: np.random.Generator, scale: float) -> dict[str, Array]:
+        gate, up = (dice.standard_normal((E, F, D)) / np.sqrt(D) for _ in range(2))
+        return {
+            "x": scale * dice.standard_normal((M, D)),
+            "gate": gate,
+            "up": up,
+            "down": dice.standard_normal((E, D, F)) / np.sqrt(F),
+            "index": index(dice, M, E, C).astype(np.int32),
+            "weight": weight(dice, M, C),
+        }
+
+    return draw
+
+
+def case(name: str, draw: Draw, tags: str, scales: tuple[float, ...] = (1.0,), /, **settings: Any) -> Case:
+    return Case("moe", name, draw, {"act": "silu"} | settings, frozenset(tags.split()), scales)
+
+
+CASES = (
+    case("mixtral", mixture(96, 64, 96, 8, 2), "prefill", (1.0, 3.0)),
+    case("many-experts", mixture(96, 48, 32, 64, 8), "prefill large", (1.0,)),
+    case("eight-of-sixteen", mixture(96, 64, 48, 16, 8), "prefill", (1.0,)),
+    case("skewed", mixture(128, 48, 48, 16, 4, skewed), "prefill skewed empty-expert"),
+    case("crowded", mixture(80, 64, 48, 16, 4, crowded), "prefill skewed empty-expert"),
+    case("one-choice", mixture(128, 48, 48, 8, 1), "prefill one-choice"),
+    case("every-expert", mixture(96, 48, 48, 8, 8), "prefill"),
+    case("weighted-input", mixture(96, 48, 64, 16, 1), "prefill weighted-input one-choice", (1.0, 3.0), weigh="input"),
+    case("weighted-inputs", mixture(96, 48, 64, 8, 3), "prefill weighted-input", (1.0,), weigh="input"),
+    case("gelu", mixture(96, 48, 64, 8, 2), "prefill gelu", (1.0,), act="gelu_pytorch_tanh"),
+    case("exact-gelu", mixture(96, 48, 64, 8, 2), "prefill gelu", (1.0,), act="gelu"),
+    case("same-expert-twice", mixture(96, 48, 48, 8, 3, twice), "prefill duplicate"),
+    case("same-expert-twice-input", mixture(96, 48, 48, 8, 3, twice), "duplicate weighted-input", (1.0,), weigh="input"),
+    case("cancelling-weights", mixture(96, 48, 48, 8, 4, uniform, cancelling), "prefill cancelling"),
+    case("tiny-weights", mixture(96, 48, 48, 8, 4, uniform, tiny), "prefill tiny"),
+    case("prime-sizes", mixture(67, 71, 37, 13, 3), "prefill odd"),
+    case("decode", mixture(1, 128, 96, 16, 4), "decode"),
+    case("decode-batch", mixture(5, 96, 64, 32, 8), "decode empty-expert"),
+    case("width-one", mixture(40, 1, 1, 4, 2), "odd"),
+    case("no-tokens", mixture(0, 32, 16, 8, 2), "empty"),
+)  # fmt: skip
+
+OPERATIONS = (
+    Operation(
+        name="moe",
+        about="the weighted sum of the chosen experts' gated feed-forward layers",
+        inputs={
+            "x": ("token", "feature"),
+            "gate": ("expert", "hidden", "feature"),
+            "up": ("expert", "hidden", "feature"),
+            "down": ("expert", "feature", "hidden"),
+            "index": ("token", "choice"),
+            "weight": ("token", "choice"),
+        },
+        outputs={"y": ("token", "feature")},
+        run=run,
+        estimate=estimate,
+        cases=CASES,
+        mistakes=MISTAKES,
+    ),
+)
