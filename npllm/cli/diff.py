@@ -2,7 +2,8 @@
 
 Every operation is fed with the dump's own inputs, so an error counts where it arises. The first name that leaves the
 budget of its format is named, with the convention that explains it. A table of each layer's worst comparison goes to
-stdout, then the verdict; or with `--json` one document:
+stdout, then the verdict. All rows of `tokens` are prompts of one length from position 0 on: of a batch with padding, the
+attention of the padded rows diverges. With `--json` one document:
 
     schema       "npllm.diff/1"
     ok           bool: no divergence
@@ -14,7 +15,8 @@ stdout, then the verdict; or with `--json` one document:
     convention   str: what explains it, "" if nothing known does
     explained    float: which part of its squared error, from 0 to 1
     points       every comparison, each like `first`, in the order in which the model computes
-    ties         [{name, layer, token, ours: [int], theirs: [int]}]: experts that lie too near to be told apart
+    ties         [{name, layer, token, ours: [int], theirs: [int]}]: experts that lie too near to be told apart; [] for
+                 theirs where the dump does not tell them: what rests on that choice is not compared
     unused       [str]: names of the dump that nothing was compared with
 
 Exit status: 0 no divergence, 1 divergence (or an error), 2 wrong usage.
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 
 HELP = "find where another engine's activations leave this model's"
 OPERANDS = "MODEL DUMP"
+
+# Ties that the table lists.
+TIES = 10
 
 EXAMPLES = """\
 examples:
@@ -83,8 +88,11 @@ def table(found: Divergence, every: bool = False) -> str:
         layer = "" if point.layer is None else str(point.layer)
         mark = f"  <- {point.problem}" if point.problem else ""
         lines.append(f"{layer:>5}  {point.excess:>9.3g}  {point.error:>9.3g}  {point.name}{mark}")
-    for tie in found.ties:
-        lines.append(f"tie: {tie.name}, token {tie.token}: experts {list(tie.theirs)} for {list(tie.ours)}")
+    for tie in found.ties[:TIES]:
+        theirs = f"experts {list(tie.theirs)} for" if tie.theirs else "not compared, others are as near as experts"
+        lines.append(f"tie: {tie.name}, token {tie.token}: {theirs} {list(tie.ours)}")
+    if len(found.ties) > TIES:
+        lines.append(f"and {len(found.ties) - TIES} ties more (--json lists them)")
     if found.unused:
         more = "" if len(found.unused) <= 3 else " ..."
         lines.append(f"not compared: {len(found.unused)} names ({', '.join(found.unused[:3])}{more})")
