@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import npllm
+import npllm.testing
 from npllm import arrays, blocks, models
 from npllm.backend import OPERATIONS, Backend
 from npllm.handles import Weight
@@ -95,6 +96,27 @@ def test_the_command_line_is_up_before_numpy_is() -> None:
     probe = "import sys, npllm.cli; print('numpy' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, cwd=HOME.parent)
     assert result.stdout.strip() == "False"
+
+
+# The kit's operations too, and a check.
+KIT = """
+import sys
+from npllm.testing import Divergence, audit, cases, check, diff, operations
+operations()
+assert check("rms_norm", lambda x, weight=None, *, eps, offset=0.0: 0.0 * x, "plain").problem == "constant"
+print(*(name for name in ("torch", "pytest", "hypothesis", "jax", "cupy") if name in sys.modules))
+"""
+
+
+def test_the_kit_needs_neither_a_test_runner_nor_another_array_library() -> None:
+    result = subprocess.run([sys.executable, "-c", KIT], capture_output=True, text=True, check=True, cwd=HOME.parent)
+    assert result.stdout.split() == []
+
+
+def test_every_public_name_of_the_kit_is_there_and_no_module_hides_it() -> None:
+    assert set(npllm.testing.__all__) == set(npllm.testing.PLACES) <= set(dir(npllm.testing))
+    assert all(getattr(npllm.testing, name).__name__ == name for name in npllm.testing.__all__)
+    assert not {path.stem for path in (HOME / "testing").iterdir()} & set(npllm.testing.__all__)
 
 
 def test_import_takes_less_than_a_quarter_of_a_second() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import functools
 import inspect
 import threading
 import traceback
@@ -16,7 +17,8 @@ from npllm.config import printable
 from npllm.testing.case import Case
 from npllm.testing.frameworks import Framework, address, first_line, framework, is_unwritten, plain_function, unwritten
 from npllm.testing.operation import Arrays, Operation
-from npllm.testing.rounding import Format
+from npllm.testing.operation import operation as find
+from npllm.testing.rounding import FORMATS, Format
 
 Kernel = Callable[..., Any]
 
@@ -154,14 +156,31 @@ def require_default(op: Operation, case: Case, parameter: inspect.Parameter, mea
         return
     stands = "" if meaning == parameter.name else f" (which would be `{meaning}`)"
     known = meaning in op.inputs or any(meaning in case.settings for case in op.cases)
-    told = "give it a default" if known else f"{op.name} has {', '.join(op.inputs)} and settings by name; give it a default"
+    settings = sorted({name for each in op.cases for name in each.settings})
+    has = f"{op.name} has {', '.join(op.inputs)}; {', '.join(settings)}"
+    told = "give it a default" if known else f"{has}: rename it to what it stands for, or give it a default"
     raise KernelError("signature", f"it requires `{parameter.name}`{stands}, which the case does not have: {told}")
 
 
 def advice(op: Operation, case: Case, name: str) -> str:
     """What to do about an argument that a kernel does not take."""
     told = "give it a parameter of that name"
-    return f"{told}, or leave such cases out with without={name!r}" if name in case.tags else told
+    tags = case.tags & tags_that_need(op.name, name)
+    # Of tags that say the same, the one with the most cases: it is the argument's own.
+    tag = max(sorted(tags), key=lambda tag: sum(tag in each.tags for each in op.cases), default="")
+    return f"{told}, or leave such cases out with without={tag!r}" if tag else told
+
+
+@functools.cache
+def tags_that_need(operation: str, argument: str) -> frozenset[str]:
+    """The tags of which every case has this argument."""
+
+    def needs(case: Case) -> bool:
+        return argument in case.settings or argument in case.inputs(0, case.scales[0], FORMATS["f32"])
+
+    corpus = find(operation).cases
+    lacking = [case for case in corpus if not needs(case)]
+    return frozenset[str]().union(*(case.tags for case in corpus)).difference(*(case.tags for case in lacking))
 
 
 # -- the call ---------------------------------------------------------------------------------------------------------
@@ -233,7 +252,8 @@ def by_name(forms: Mapping[str, Form], result: Any) -> dict[str, Any]:
         return {name: getattr(result, name) for name in forms}
     several = tuple(result) if isinstance(result, tuple | list) else (result,)
     if len(several) != len(forms):
-        raise KernelError("returned", f"it returned {kind_of(result)}; want {want}")
+        wrap = ": wrap it in a function that returns nothing else" if len(several) > len(forms) else ""
+        raise KernelError("returned", f"it returned {kind_of(result)}; want {want}{wrap}")
     return dict(zip(forms, several, strict=True))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from npllm.arrays import Array
 from npllm.backend import Backend
+from npllm.errors import ArgumentError
 from npllm.parallel import blas_threads
 from npllm.testing.call import Form, KernelError, called
 from npllm.testing.case import Case, find_case
@@ -44,12 +45,15 @@ def check(
     policy      the declared rounding points, or only the inputs' format ("bf16"); None: float32 throughout.
     framework   numpy, torch, jax or cupy: what the kernel takes; None: what the file that it comes from imports.
     device      where its arrays shall lie ("cuda"); None: the framework's default.
-    limit_s     seconds that one call may take.
+    limit_s     seconds that one call may take. A kernel that hangs without letting go of the interpreter's lock is stopped
+                by `npllm verify` only, which runs kernels in processes of their own.
     explain     look for the known mistake that explains a failure best: the canon runs once with each.
 
     What is wrong with the kernel is in the report; ArgumentError is for what is wrong with the other arguments.
     """
     op = find(operation)
+    if not callable(kernel):
+        raise ArgumentError(f"the kernel is of type {type(kernel).__name__}, which cannot be called")
     one, rounding = find_case(op.name, case), policy if isinstance(policy, Rounding) else Rounding(policy or "f32")
     began = time.perf_counter()
     worst = Finding(Report(op.name, one.id, str(rounding), scale=one.scales[0], seed=seed))

@@ -70,18 +70,20 @@ def times(x: Estimate, y: Estimate, at: Format) -> Estimate:
     return rounded(Estimate(x.value * y.value, variance, bound), at)
 
 
-def applied(function: Callable[[Array], Array], x: Estimate, at: Format, roundings: float = 4.0) -> Estimate:
+def applied(
+    function: Callable[[Array], Array], x: Estimate, at: Format, roundings: float = 4.0, cancels: float = 1.0
+) -> Estimate:
     """`function(x)` elementwise, as a library of `at`'s precision computes it (activations: slopes between -2 and 2).
 
     `roundings` says how many units in the last place of the result, and of the argument, such a function may be off by: 0
-    for one that only selects. One unit of the argument more is what `0.5 x (1 + tanh)` and `(1 + erf)` leave where the
-    parenthesis cancels. The variance is carried through by three points (Gauss and Legendre's, for an error uniform over an
-    interval): right at bends and at extremes too.
+    for one that only selects. `cancels` adds units of the argument alone: what `0.5 x (1 + y)` leaves where the parenthesis
+    cancels and y is off by as many units in the last place of 1. The variance is carried through by three points (Gauss and
+    Legendre's, for an error uniform over an interval): right at bends and at extremes too.
     """
     value = function(x.value)
     step = np.maximum(np.abs(x.value), 1.0) * 1e-6
     slope = (function(x.value + step) - function(x.value - step)) / (2.0 * step)
-    own = roundings * (at.spacing(value) + np.abs(slope) * at.spacing(x.value)) + (roundings > 0.0) * at.spacing(x.value)
+    own = roundings * (at.spacing(value) + np.abs(slope) * at.spacing(x.value)) + cancels * at.spacing(x.value)
     apart = np.sqrt(1.8 * x.variance)
     variance = 5.0 / 18.0 * sum(np.square(function(x.value + side * apart) - value) for side in (-1.0, 1.0))
     # The slope moves within the bound; its largest value near by is taken, from both ends.
@@ -152,15 +154,18 @@ def product(x_MK: Estimate, w_KF: Estimate, at: Format) -> Estimate:
     return Estimate(value, variance, bound + growth(a.value.shape[-1] + 1, at) * (sizes + bound))
 
 
-def linear(x_MD: Estimate, weight_FD: Estimate, at: Format, added: Iterable[Estimate] = ()) -> Estimate:
+def linear(
+    x_MD: Estimate, weight_FD: Estimate, at: Format, added: Iterable[Estimate] = (), partial: Format | None = None
+) -> Estimate:
     """`x W^T` and what is `added` (a bias, a residual), summed in `at`; the output is not rounded to anything yet.
 
-    What is added may be where a kernel's sum begins: then each partial sum holds it.
+    What is added may be where a kernel's sum begins: then each partial sum holds it. Where `partial` is not the format
+    `at`, a kernel may have rounded what it has to `partial` each time before it adds.
     """
     out = product(x_MD, weight_FD.map(lambda w: np.swapaxes(w, -1, -2)), at)
     terms = x_MD.value.shape[-1] - 1
     for each in added:
-        terms += 1
+        terms, out = terms + 1, stored(out, at, partial or at)
         variance = out.variance + each.variance + at.unit**2 / 3.0 * (terms * each.value**2 + out.value**2)
         grown = growth(terms + 2, at) * (np.abs(each.value) + each.bound) + 2.0 * at.unit * (np.abs(out.value) + out.bound)
         out = Estimate(out.value + each.value, variance, out.bound + each.bound + grown)

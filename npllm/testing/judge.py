@@ -30,7 +30,7 @@ class Verdict(NamedTuple):
     """What is wrong ("" if nothing), and how far.
 
     problem  "", or one of: non-finite, constant, bound, spread.
-    error    root mean square of the error in output roundings of the truth (a perfect kernel has about 1).
+    error    root mean square of the error, over that of rounding the truth once (a perfect kernel has about 1).
     spread   the worst root mean square of error / expected error, of the whole or of a slice; `limit` is its limit there.
     share    the largest |error| / bound.
     bad      booleans: the elements that speak against the kernel.
@@ -58,7 +58,7 @@ def judge(got: Array, estimate: Estimate, output: Format) -> Verdict:
     finite = np.isfinite(truth)
     error = np.where(finite, got - np.where(finite, estimate.value, 0.0), 0.0)
     share = ratio(np.abs(error), np.where(finite, estimate.bound, 0.0))
-    units = ratio(error, output.spacing(np.where(finite, estimate.value, 1.0)) / np.sqrt(12.0))
+    rounding = root_mean_square(output.spacing(np.where(finite, estimate.value, 0.0))) / np.sqrt(12.0)
     spread = ratio(error, np.sqrt(np.where(finite, estimate.variance, 0.0)))
     worst, limit = worst_slice(spread)
     problem, bad = "", np.zeros(got.shape, dtype=bool)
@@ -68,7 +68,8 @@ def judge(got: Array, estimate: Estimate, output: Format) -> Verdict:
         problem, bad = "bound", share > 1.0
     elif worst > limit:
         problem, bad = "spread", np.abs(spread) > 2.0
-    return Verdict(problem, root_mean_square(units), worst, limit, float(np.max(share, initial=0.0)), bad)
+    units = root_mean_square(error) / rounding if got.size else 0.0
+    return Verdict(problem, units, worst, limit, float(np.max(share, initial=0.0)), bad)
 
 
 def ratio(error: Array, size: Array) -> Array:

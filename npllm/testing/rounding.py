@@ -58,6 +58,11 @@ class Format(NamedTuple):
         return np.where(np.abs(near) > self.largest, np.copysign(np.inf, near), near)
 
 
+def in_format(x: Array, to: Format) -> Array:
+    """`x` rounded to a format, in its own dtype."""
+    return to.round(x.astype(np.float64)).astype(x.dtype)
+
+
 FORMATS = {
     each.name: each
     for each in (
@@ -89,13 +94,15 @@ class Rounding:
     inputs      type of the arrays that the kernel is given.
     accumulate  type in which sums are kept and elementwise arithmetic is done; None: f32 (f64 for f64 inputs).
     output      type of what it returns; None: that of the inputs.
-    scores      attention scores, after scale and soft cap; None: as `accumulate`.
+    scores      attention scores, after scale and soft cap; None: as `accumulate`. Where they are coarser than that, each
+                step towards them may be rounded: the product, the scale, the cap, and the maximum taken off.
     probs       what multiplies the values in attention; None: as `inputs`, as tensor cores ask.
     hidden      what a product of one kernel takes from the step before it: normed rows, activated features of an FFN or an
                 expert, keys and values made of latents, queries in the latent space; None: as `inputs`.
     features    gate and up before the activation, and the activation before it is multiplied, as where an FFN is several
                 kernels; None: as `accumulate`.
-    partial     an expert's output in a mixture, before the weighted sum; None: as `accumulate`.
+    partial     a product before what is added to it (a bias, a residual), as where adding is a kernel of its own; and in a
+                mixture an expert's output, that times its weight, and the sum after each expert; None: as `accumulate`.
     normed      x / rms(x) before it is multiplied by the gain; None: as `accumulate`.
     angles      RoPE's cosines and sines; None: as `accumulate`.
     weights     a quantised weight, code times scale, before the product; None: as `accumulate`.

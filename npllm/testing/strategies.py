@@ -25,7 +25,7 @@ from npllm.config import nearest
 from npllm.errors import ArgumentError
 from npllm.testing import case as corpus
 from npllm.testing.case import Case, Draw
-from npllm.testing.ops import attention_cases, linear, norms
+from npllm.testing.ops import attention_cases, linear, norms_cases
 from npllm.testing.rounding import Rounding
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def sized_attention(
 
 
 def sized_norm(tokens: int, features: int) -> tuple[Draw, dict[str, Any]]:
-    return norms.rows((tokens, features)), {"eps": 1e-6}
+    return norms_cases.rows((tokens, features)), {"eps": 1e-6}
 
 
 def sized_linear(tokens: int, inputs: int, outputs: int) -> tuple[Draw, dict[str, Any]]:

@@ -39,7 +39,12 @@ def describe(
     where = patterns(axes, verdict, got, estimate)
     lines += [f"where: {'; '.join(where)}"] if where else []
     lines += [cause(report)] if report.explanation else []
+    lines += [STALE] if verdict.problem == "non-finite" and np.isnan(got[verdict.bad]).all() else []
     return "\n  ".join([line for line in lines if line] + [reproduce(case, rounding, report)])
+
+
+# Results are overwritten with NaN once they are copied, and so is memory that a kernel is to write.
+STALE = "perhaps memory of an earlier call is returned again, or `out` is read before it is written"
 
 
 def headline(output: str, verdict: Verdict) -> str:

@@ -13,7 +13,7 @@ from npllm.testing.estimate import Estimate
 from npllm.testing.judge import Verdict, judge
 from npllm.testing.operation import Operation, operation
 from npllm.testing.rounding import FORMATS, Rounding
-from npllm.testing.seeding import Kernel, faults
+from npllm.testing.seeding import Kernel, faults, reference
 
 DTYPES = ("f32", "bf16", "f16")
 
@@ -23,9 +23,9 @@ def fresh() -> int:
     return int.from_bytes(os.urandom(3), "big")
 
 
-def trials(op: Operation, seed: int, dtype: str) -> Iterator[tuple[Case, dict[str, np.ndarray]]]:
+def trials(op: Operation, seed: int, dtype: str, tags: str = "") -> Iterator[tuple[Case, dict[str, np.ndarray]]]:
     for case in op.cases:
-        for scale in case.scales:
+        for scale in case.scales if set(tags.split()) <= case.tags else ():
             yield case, case.inputs(seed, scale, FORMATS[dtype])
 
 
@@ -63,6 +63,25 @@ def fails(case: Case, inputs: dict, estimates: tuple[Estimate, ...], policy: Rou
     return any(judge(x.astype(np.float64), estimate, policy.format("output")).problem for x, estimate in pairs)
 
 
+def assert_half_inputs_show(name: str, dtype: str, tags: str = "") -> None:
+    """A correct kernel whose inputs of `dtype` went through float16 fails on a case (of `tags`)."""
+    op, seed, policy, kernel = operation(name), fresh(), Rounding(dtype), reference(operation(name))
+    seen = False
+    for case, inputs in trials(op, seed, dtype, tags):
+        if seen:
+            break
+        with np.errstate(over="ignore"):
+            halves = {
+                key: x.astype(np.float16).astype(x.dtype) if x.dtype == FORMATS[dtype].dtype else x
+                for key, x in inputs.items()
+            }
+        results = kernel(**halves, **case.settings)
+        results = dict(zip(op.outputs, results if isinstance(results, tuple) else (results,), strict=True))
+        wide = op.comparable({key: x.astype(np.float64) for key, x in results.items()})
+        seen = any(verdict.problem for verdict, _ in verdicts_on(op, case, inputs, policy, wide).values())
+    assert seen, f"inputs through float16 pass {name} {tags} in {dtype}, seed {seed}"
+
+
 def assert_backends_pass(name: str, dtype: str) -> None:
     op, seed = operation(name), fresh()
     policy = Rounding(dtype, output="f32", hidden="f32")
@@ -78,9 +97,7 @@ def spreads(op: Operation, policy: Rounding, kernel: Kernel, tags: str = "", rou
     found = []
     for _ in range(rounds):
         seed = fresh()
-        for case, inputs in trials(op, seed, policy.inputs):
-            if not set(tags.split()) <= case.tags:
-                continue
+        for case, inputs in trials(op, seed, policy.inputs, tags):
             results = kernel(**inputs, **case.settings)
             results = results if isinstance(results, tuple) else (results,)
             for verdict in verdicts(op, case, inputs, policy, results):

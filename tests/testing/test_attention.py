@@ -1,6 +1,7 @@
 """Attention in the kit: its budget is that of correct kernels, and each known mistake leaves it."""
 
 import functools
+import secrets
 import time
 from typing import Any
 
@@ -9,13 +10,13 @@ import pytest
 
 from npllm.arrays import Array
 from npllm.backend import Backend
-from npllm.testing.case import Case, cases
+from npllm.testing.case import Case, cases, find_case
 from npllm.testing.checking import truth, verdicts_on, widened
 from npllm.testing.judge import Verdict, judge
 from npllm.testing.kernels import flash
 from npllm.testing.operation import operation
-from npllm.testing.ops.attention_plain import Plain, in_format
-from npllm.testing.rounding import Rounding
+from npllm.testing.ops.attention_plain import Plain
+from npllm.testing.rounding import Rounding, in_format
 
 OP = operation("attention")
 
@@ -45,6 +46,33 @@ def eager(rounding: Rounding) -> Backend:
             return super().sums(in_format(p_HTS, rounding.format("probs")), v_HSV)
 
     return Eager("float32")
+
+
+def hugging_face(rounding: Rounding) -> Backend:
+    """Eager attention as in transformers: each step an array of its own in the type of scores, a sink one score more."""
+    to = rounding.format("scores")
+
+    class Stepwise(Plain):
+        def scores(self, q_HTK: Array, k_HKS: Array, scale: float, cap: float | None) -> Array:
+            s_HTS = in_format(np.float32(scale) * in_format(q_HTK @ k_HKS, to), to)
+            if cap is None:
+                return s_HTS
+            return in_format(cap * in_format(np.tanh(in_format(s_HTS / np.float32(cap), to)), to), to)
+
+        def sums(self, p_HTS: Array, v_HSV: Array) -> Array:
+            return super().sums(in_format(p_HTS, rounding.format("probs")), v_HSV)
+
+    class TakenOff(Stepwise):
+        """With sinks, the largest score is taken off in that type too (gpt-oss)."""
+
+        def weights(self, hidden_HTS: Array, s_HTS: Array, sink_H11: Array) -> Array:
+            top = np.maximum(np.max(hidden_HTS, axis=-1, keepdims=True), sink_H11)
+            if not np.isfinite(sink_H11).all():
+                return super().weights(hidden_HTS, s_HTS, sink_H11)
+            less_HTS, less_H11 = (np.where(np.isfinite(x), in_format(x - top, to), x) for x in (hidden_HTS, sink_H11))
+            return super().weights(less_HTS, s_HTS, less_H11)
+
+    return TakenOff("float32")
 
 
 @pytest.mark.parametrize("case", OP.cases, ids=str)
@@ -84,6 +112,27 @@ def test_an_eager_kernel_passes_all_cases(rounding: Rounding) -> None:
         for arrays in drawn(case, rounding, 1):
             verdict = judged(case, arrays, truth(OP, case, arrays, backend)["out"], rounding)
             assert not verdict.problem, (case, verdict[:-1])
+
+
+@pytest.mark.parametrize("inputs", ["bf16", "f16"])
+def test_eager_attention_that_rounds_every_step_passes_as_declared(inputs: str) -> None:
+    """In float16, the scores of `large-logits` are infinite: that kernel is wrong there."""
+    rounding, seed = Rounding(inputs, scores=inputs), secrets.randbelow(1 << 31)
+    backend = hugging_face(rounding)
+    for case in cases("attention", without="" if inputs == "bf16" else "overflow"):
+        for arrays in drawn(case, rounding, seed):
+            verdict = judged(case, arrays, truth(OP, case, arrays, backend)["out"], rounding)
+            assert not verdict.problem, (case, seed, verdict[:-1])
+
+
+@pytest.mark.parametrize("inputs", ["bf16", "f16"])
+def test_eager_attention_that_rounds_every_step_is_noticed_where_it_is_not_declared(inputs: str) -> None:
+    rounding = Rounding(inputs)
+    backend = hugging_face(Rounding(inputs, scores=inputs))
+    for name in ("d64", "softcap50", "sinks-scale"):
+        case = find_case("attention", name)
+        verdicts = [judged(case, x, truth(OP, case, x, backend)["out"], rounding) for x in drawn(case, rounding, 5)]
+        assert any(verdict.problem for verdict in verdicts), name
 
 
 def test_probabilities_may_have_more_bits_than_declared() -> None:

@@ -215,11 +215,14 @@ def test_derived_arrays_are_passed_to_those_who_name_them() -> None:
     assert set(op.inputs) <= given(lambda **everything: None)
 
 
-def test_a_missing_setting_names_the_way_out() -> None:
-    case = Case("rms_norm", "capped", CASE.draw, {"eps": 1e-6, "softcap": 3.0}, frozenset({"softcap"}))
-    report = check("rms_norm", lambda x, weight, eps: x, case)
-    told = "it does not take `softcap`, which the case has: give it a parameter of that name, or leave such cases out with "
-    assert report.message.startswith(told + "without='softcap'")
+@pytest.mark.parametrize(
+    ("case", "lacks", "tag"),
+    [("softcap-decode", "softcap", "softcap"), ("padded-decode", "lengths", "padded"), ("paged", "pages", "paged")],
+)
+def test_a_missing_argument_names_the_way_out(case: str, lacks: str, tag: str) -> None:
+    report = check("attention", lambda q, k, v, *, scale: q, case)
+    told = f"it does not take `{lacks}`, which the case has: give it a parameter of that name, or leave such cases out with "
+    assert report.message.startswith(f"{told}without={tag!r}")
 
 
 def test_a_required_parameter_that_a_case_lacks_needs_a_default() -> None:

@@ -13,6 +13,7 @@ from tests.testing.products import (
     DTYPES,
     assert_backends_pass,
     assert_faults_show,
+    assert_half_inputs_show,
     assert_value_is_the_truth,
     spreads,
 )
@@ -32,6 +33,20 @@ def gelu(x):
     return np.float32(0.5) * x * (1 + erf(x * np.float32(math.sqrt(0.5))))
 
 
+def gelu_of_polynomial(x):
+    """erf within 1.5e-7, as float32 libraries have it (Abramowitz and Stegun 7.1.26), and always off to the same side."""
+    z = np.abs(x) * np.float32(math.sqrt(0.5))
+    t = 1 / (1 + np.float32(0.3275911) * z)
+    series = np.zeros_like(t)
+    for factor in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        series = (series + np.float32(factor)) * t
+    return np.float32(0.5) * x * (1 + np.copysign(1 - series * np.exp(-z * z), x))
+
+
+def silu_of_tanh(x):
+    return np.float32(0.5) * x * (1 + np.tanh(np.float32(0.5) * x))
+
+
 def gelu_tanh(x):
     return np.float32(0.5) * x * (1 + np.tanh(np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)))
 
@@ -41,6 +56,9 @@ def relu(x):
 
 
 ACTS = {"silu": silu, "gelu": gelu, "gelu_new": gelu_tanh, "gelu_pytorch_tanh": gelu_tanh, "relu": relu}
+
+
+OTHER_ACTS = ACTS | {"silu": silu_of_tanh, "gelu": gelu_of_polynomial}
 
 
 def f32(x):
@@ -75,6 +93,11 @@ def looped(x, w, start=None):
     return total
 
 
+def product_then_sum(x, w, start=None):
+    """The product in the type that the addend has, then the sum in that type."""
+    return product(x, w) if start is None else f32(product(x, w).astype(start.dtype) + start)
+
+
 def project_heads(multiply, at):
     def kernel(x, q, k, v, q_bias=None, k_bias=None, v_bias=None, norm=None, *, head_dim, eps=0.0):
         h = normed(x, norm, eps)
@@ -84,19 +107,19 @@ def project_heads(multiply, at):
     return kernel
 
 
-def gated_ffn(multiply, at):
+def gated_ffn(multiply, at, acts=ACTS):
     def kernel(x, gate, up, down, residual=None, norm=None, *, act, eps=0.0):
         h = normed(x, norm, eps)
-        active = at(ACTS[act](at(multiply(h, gate), x.dtype)), x.dtype)
+        active = at(acts[act](at(multiply(h, gate), x.dtype)), x.dtype)
         hidden = through(active * at(multiply(h, up), x.dtype), x.dtype)
         return multiply(hidden, down, residual).astype(x.dtype)
 
     return kernel
 
 
-def mlp(multiply, at):
+def mlp(multiply, at, acts=ACTS):
     def kernel(x, up, up_bias, down, down_bias, *, act):
-        hidden = through(ACTS[act](at(multiply(f32(x), up, up_bias), x.dtype)), x.dtype)
+        hidden = through(acts[act](at(multiply(f32(x), up, up_bias), x.dtype)), x.dtype)
         return multiply(hidden, down, down_bias).astype(x.dtype)
 
     return kernel
@@ -123,6 +146,30 @@ def test_fused_kernels_pass(name, dtype, multiply):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_separate_kernels_pass_where_that_is_declared(name, dtype):
     spreads(operation(name), Rounding(dtype, features=dtype), KERNELS[name](product, through))
+
+
+@pytest.mark.parametrize("name", ["gated_ffn", "mlp"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations_by_other_formulas_pass(name, dtype):
+    spreads(operation(name), Rounding(dtype), KERNELS[name](product, same, OTHER_ACTS))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_products_rounded_before_what_is_added_pass_where_that_is_declared(name, dtype):
+    spreads(operation(name), Rounding(dtype, features=dtype, partial=dtype), KERNELS[name](product_then_sum, same))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_products_rounded_before_the_residual_fail_where_it_is_not(dtype):
+    for _ in range(5):
+        with pytest.raises(AssertionError):
+            spreads(operation("gated_ffn"), Rounding(dtype), gated_ffn(product_then_sum, same), "residual cancelling")
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_inputs_through_float16_show(dtype):
+    assert_half_inputs_show("gated_ffn", dtype)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])

@@ -115,6 +115,17 @@ def attend_tiled(q, k, v, seen, scale, probs, tile=16):
     return out / total
 
 
+def in_halves(partial):
+    """Whole rows, but of either half of the keys for itself; what each sums up to is put away in `partial`."""
+
+    def attend_halves(q, k, v, seen, scale, probs):
+        p, half = attend(q, k, np.eye(v.shape[-2], dtype=F), seen, scale, probs), v.shape[-2] // 2
+        parts = (p[..., :half] @ v[..., :half, :], p[..., half:] @ v[..., half:, :])
+        return sum(low(part, partial) for part in parts)
+
+    return attend_halves
+
+
 def attention(form, core, hidden=None, probs=None):
     """`form`: absorbed or expanded; `hidden` and `probs`: NumPy's types of those roundings, or the inputs' own."""
 
@@ -145,6 +156,7 @@ HONEST = {
         *(attention(form, core) for form, core in BOTH_FORMS),
         attention("absorbed", attend, hidden=F, probs=F),
         attention("expanded", attend_tiled, hidden=F, probs=F),
+        *(attention(form, in_halves(F)) for form in ("absorbed", "expanded")),
     ],
 }
 
@@ -201,6 +213,28 @@ def test_every_mistake_is_caught(op, mistake):
 def test_roundings_that_were_not_declared_are_caught(policy, hidden, probs):
     for form, core in BOTH_FORMS:
         assert is_caught(OPERATIONS[2], attention(form, core, hidden, probs), policy), (form, core.__name__)
+
+
+@pytest.mark.parametrize("form", ["absorbed", "expanded"])
+@pytest.mark.parametrize(
+    ("policy", "partial"),
+    [("bf16", ml_dtypes.bfloat16), ("f16", np.float16), ("f16", ml_dtypes.bfloat16), ("f32", np.float16)],
+)
+def test_sums_over_parts_of_the_keys_in_the_inputs_type_are_caught(policy, partial, form):
+    assert is_caught(OPERATIONS[2], attention(form, in_halves(partial)), Rounding(policy))
+
+
+@pytest.mark.parametrize("op", OPERATIONS[1:], ids=lambda op: op.name)
+@pytest.mark.parametrize("policy", ["f32", "bf16"])
+def test_inputs_taken_through_float16_are_caught(op, policy):
+    """In float16 that is no mistake, which keeps it out of the list of mistakes."""
+    right = on_backend(op, Backend("float64"), FORMATS[policy])
+
+    def through_f16(**given):
+        halves = {name: FORMATS["f16"].round(x.astype(float)) for name, x in given.items() if name in op.inputs}
+        return right(**given | halves)
+
+    assert is_caught(op, through_f16, Rounding(policy))
 
 
 def test_the_budget_is_no_wider_than_rounding():

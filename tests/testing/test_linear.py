@@ -14,6 +14,7 @@ from tests.testing.products import (
     DTYPES,
     assert_backends_pass,
     assert_faults_show,
+    assert_half_inputs_show,
     assert_value_is_the_truth,
     spreads,
     trials,
@@ -53,6 +54,15 @@ def added(y, x, bias, residual):
 
 def matmul(x, weight, scales=None, bias=None, residual=None, *, storage=None, group=32, block=(128, 128)):
     return added(x.astype(np.float32) @ numbers(weight, scales, storage, group, block).T, x, bias, residual)
+
+
+def rounded_before(x, weight, bias=None, residual=None):
+    """Each of bias and residual is added by a kernel of its own, in the type of x."""
+    y = (x.astype(np.float32) @ weight.astype(np.float32).T).astype(x.dtype)
+    for each in (bias, residual):
+        if each is not None:
+            y = y + each
+    return y
 
 
 def split(x, weight, scales=None, bias=None, residual=None, *, storage=None, group=32, block=(128, 128)):
@@ -134,6 +144,21 @@ def test_a_declared_bf16_weight_passes_and_an_undeclared_one_does_not():
         spreads(LINEAR, Rounding("bf16", weights="bf16"), through_bf16, storage)
         with pytest.raises(AssertionError):
             spreads(LINEAR, Rounding("bf16"), through_bf16, storage)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_a_product_rounded_before_the_residual_passes_where_that_is_declared_and_not_otherwise(dtype):
+    for tags in ("basic", "residual", "bias prefill odd residual"):
+        spreads(LINEAR, Rounding(dtype, partial=dtype), rounded_before, tags, rounds=5)
+    for _ in range(5):
+        with pytest.raises(AssertionError):
+            spreads(LINEAR, Rounding(dtype), rounded_before, "residual cancelling")
+
+
+@pytest.mark.parametrize("tags", ["", "fp8"])
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_inputs_through_float16_show(dtype, tags):
+    assert_half_inputs_show("linear", dtype, tags)
 
 
 @pytest.mark.parametrize("how", ["int8", "fp8"])

@@ -13,6 +13,7 @@ from npllm.testing.checking import check, truth, widened
 from npllm.testing.operation import operation
 from npllm.testing.rounding import Rounding
 from npllm.testing.seeding import reference
+from tests.testing.products import assert_half_inputs_show
 
 Array = np.ndarray[Any, Any]
 
@@ -127,6 +128,24 @@ def moe_unfused(x: Array, gate: Array, up: Array, down: Array, index: Array, wei
     return y.astype(x.dtype)
 
 
+def moe_eager(x: Array, gate: Array, up: Array, down: Array, index: Array, weight: Array, *, act: str,
+              weigh: str = "output") -> Array:  # fmt: skip
+    """As a loop of a framework's operations, experts in order: every one of them returns the type of x, the sum as well."""
+    y, to = np.zeros_like(x), x.dtype
+
+    def product(rows: Array, w: Array) -> Array:
+        return (rows.astype(f32) @ w.astype(f32).T).astype(to)
+
+    for e in np.unique(index):
+        token, choice = np.nonzero(index == e)
+        rows, w = x[token], weight[token, choice][:, None]
+        rows = rows * w if weigh == "input" else rows
+        active = ACTIVATIONS[act](product(rows, gate[e]).astype(f32)).astype(to)
+        one = product(active * product(rows, up[e]), down[e])
+        np.add.at(y, token, one if weigh == "input" else one * w)
+    return y
+
+
 PLAIN = {"route": (route_plain, route_other), "moe": (moe_by_token, moe_by_expert)}
 KERNELS = [(name, kernel) for name, kernels in PLAIN.items() for kernel in kernels]
 
@@ -160,6 +179,23 @@ def test_correct_kernels_pass_whatever_their_order(name: str, kernel: Any, form:
 def test_experts_may_round_what_they_hand_on_where_that_is_declared(form: str) -> None:
     for case in operation("moe").cases:
         check("moe", moe_unfused, case, Rounding(form, partial=form)).raise_on_failure()
+
+
+@pytest.mark.parametrize("form", ["bf16", "f16"])
+def test_a_loop_over_experts_in_the_type_of_its_inputs_passes_where_that_is_declared(form: str) -> None:
+    declared = Rounding(form, features=form, partial=form)
+    for case in operation("moe").cases:
+        for seed in range(3):
+            seed += 1000 * (time.time_ns() % 10**6)
+            check("moe", moe_eager, case, declared, seed=seed, explain=False).raise_on_failure()
+    cases = operation("moe").cases
+    assert not all(check("moe", moe_eager, case, Rounding(form, features=form), explain=False).ok for case in cases)
+
+
+@pytest.mark.parametrize("form", ["f32", "bf16"])
+@pytest.mark.parametrize("name", PLAIN)
+def test_inputs_through_float16_are_found(name: str, form: str) -> None:
+    assert_half_inputs_show(name, form)
 
 
 @every_format

@@ -14,6 +14,7 @@ from npllm.testing.checking import check, truth, widened
 from npllm.testing.operation import operation
 from npllm.testing.rounding import Rounding
 from npllm.testing.seeding import reference
+from tests.testing.products import assert_half_inputs_show
 
 Array = np.ndarray[Any, Any]
 
@@ -96,6 +97,11 @@ def test_every_mistake_is_found(form: str) -> None:
     for mistake in op.mistakes:
         wrong = reference(op, mistake.made_by(Backend)("float64"))
         assert not all(check(op, wrong, case, form, seed=time.time_ns() % 10**6).ok for case in op.cases), mistake.name
+
+
+@pytest.mark.parametrize("form", ["f32", "bf16"])
+def test_inputs_through_float16_are_found(form: str) -> None:
+    assert_half_inputs_show("sample", form)
 
 
 def test_tokens_are_drawn_with_the_probabilities_told() -> None:

@@ -7,6 +7,7 @@ that with fewer keys than queries the first queries stand before position 0 and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from npllm.testing.operation import Arrays, Operation, Settings
 from npllm.testing.ops import feed
 from npllm.testing.ops.attention_cases import CASES
 from npllm.testing.ops.attention_mistakes import MISTAKES
-from npllm.testing.rounding import Format, Rounding
+from npllm.testing.rounding import FORMATS, Format, Rounding
 
 # No relative error of an exponential is followed beyond e to this power: it is a bound no longer.
 LOST = 150.0
@@ -123,6 +124,8 @@ def row_estimate(
         scores_GRTS = Estimate(*(np.concatenate([x, sink], axis=-1) for x, sink in pairs))
         v_G1SV = np.concatenate([v_G1SV, np.zeros((G, 1, 1, V))], axis=2)
         allowed_GRTS = np.concatenate([allowed_GRTS, np.ones((G, H // G, T, 1), bool)], axis=-1)
+        if rounding.format("scores").bits < rounding.format("accumulate").bits:
+            scores_GRTS = taken_off(scores_GRTS, allowed_GRTS, rounding.format("scores"))
     o_GRTV = weighed(scores_GRTS, v_G1SV, allowed_GRTS, rounding.format("accumulate"), rounding.format("probs"))
     o_THV = rounded(o_GRTV, rounding.format("output")).map(lambda x: x.transpose(2, 0, 1, 3).reshape(T, H, V))
     visible_T11 = np.any(allowed_TS, axis=1, keepdims=True)[..., None]
@@ -132,7 +135,8 @@ def row_estimate(
 def scores(q: Estimate, k: Estimate, scale: float, softcap: float | None, rounding: Rounding) -> Estimate:
     """`softcap(scale q k)`: the product's own error, the scale's and the cap's.
 
-    The scale is rounded itself, and may be applied to the query, to the score or together with log2(e).
+    The scale is rounded itself, and may be applied to the query, to the score or together with log2(e). Where scores are
+    declared coarser than arithmetic, a kernel may put them away once, at the end, or after every step: see `chain`.
     """
     at = rounding.format("accumulate")
     dot = product(q, k, at)
@@ -142,10 +146,39 @@ def scores(q: Estimate, k: Estimate, scale: float, softcap: float | None, roundi
         cap = softcap
         x = applied(lambda s: cap * np.tanh(s / cap), x, at)
     x, to = x._replace(variance=COMMON * x.variance), rounding.format("scores")
-    kept = rounded(x, to)
+    if to.bits >= at.bits:
+        kept = rounded(x, to)
+        return kept._replace(variance=np.maximum(kept.variance, x.variance))
     # One rounding moves a whole row of outputs alike; where it is coarse, what it does is known and is taken if larger.
-    known = (to.round(x.value) - x.value) ** 2 if to.bits < at.bits else 0.0
-    return kept._replace(variance=np.maximum(kept.variance, x.variance + known))
+    stepwise, end = chain(dot.value, scale, softcap, to)
+    ends = (each - x.value for each in (to.round(x.value), end))
+    known = np.maximum(*(np.where(np.isfinite(each), each, 0.0) ** 2 for each in ends))
+    variance = np.maximum(x.variance + stepwise.variance, x.variance + known)
+    return Estimate(x.value, variance, x.bound + stepwise.bound)
+
+
+def chain(dot: Array, scale: float, softcap: float | None, to: Format) -> tuple[Estimate, Array]:
+    """`softcap(scale dot)` where each step is an array of its own in the format `to`, as in eager attention.
+
+    That is a rounding of the product, one after the scale, and with a cap one each after the division by it, the tanh and
+    the product with it -> the estimate of what they do, and what they give if nothing else is rounded.
+    """
+    fine = FORMATS["f64"]
+    steps: list[Callable[[Array], Array]] = [lambda x: scale * x]
+    if softcap is not None:
+        cap = softcap
+        steps += [lambda x: x / cap, np.tanh, lambda x: cap * x]
+    estimate, end = rounded(exact(dot), to), to.round(dot)
+    for step in steps:
+        estimate, end = rounded(applied(step, estimate, fine, 0.0), to), to.round(step(end))
+    return estimate, end
+
+
+def taken_off(s: Estimate, allowed: Array, to: Format) -> Estimate:
+    """`s` where the largest of a row, its sink among them, may have been taken off in `to` (gpt-oss in eager attention)."""
+    top = np.max(np.where(allowed, s.value, -np.inf), axis=-1, keepdims=True)
+    step = to.spacing(s.value - top)
+    return Estimate(s.value, s.variance + COMMON * step**2 / 12.0, s.bound + 0.5 * step + to.unit * s.bound)
 
 
 def weighed(s: Estimate, v: Array, allowed: Array, at: Format, probs: Format) -> Estimate:

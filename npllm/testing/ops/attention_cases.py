@@ -104,6 +104,17 @@ def leaning(q: float, k: float) -> Change:
     return lambda dice, x: {"q": x["q"] + q, "k": x["k"] + k}
 
 
+def level(of_q: float, of_k: float) -> Change:
+    """The first feature of all queries and of all keys is the same: scores lie around scale of_q of_k, give or take one."""
+
+    def change(dice: np.random.Generator, x: dict[str, Array]) -> dict[str, Array]:
+        q, k = x["q"].copy(), x["k"].copy()
+        q[..., 0], k[..., 0] = of_q, of_k
+        return {"q": q, "k": k}
+
+    return change
+
+
 def values(at: float = 0.0, size: float = 1.0) -> Change:
     return lambda dice, x: {"v": at + size * x["v"]}
 
@@ -138,6 +149,9 @@ def case(name: str, tags: str, draw: Draw, *scales: float, width: int = 64, **se
     return Case("attention", name, draw, settings, frozenset(tags.split()), scales or (1.0,))
 
 
+# More heads than a kernel may take at a time: all on one, in groups of seven, in groups of five.
+MANY = ((32, 1, "mqa"), (28, 4, "gqa"), (40, 8, "gqa"))
+
 PREFILL = (
     case("d64", "prefill basic gqa", dense(2, 96, 96), 0.25, 1, 4, 16),
     *(
@@ -147,6 +161,10 @@ PREFILL = (
     *(
         case(f"h{H}-kv{G}", f"prefill heads {kind}", dense(1, 48, 48, (H, G)), 1, 4)
         for H, G, kind in ((8, 8, "mha"), (8, 4, "gqa"), (8, 1, "mqa"), (6, 2, "gqa"), (6, 3, "gqa"))
+    ),
+    *(
+        case(f"h{H}-kv{G}", f"prefill heads many {kind}", dense(1, 24, 24, (H, G), (32, 32)), 2, width=32)
+        for H, G, kind in MANY
     ),
     case("one", "prefill odd", dense(1, 1, 1)),
     case("no-queries", "prefill odd", dense(2, 0, 5)),
@@ -170,6 +188,10 @@ DECODE = (
     case("decode", "decode gqa", dense(4, 1, 200, (8, 2)), 1, 4),
     case("decode-long", "decode gqa long", dense(2, 1, 1009, (8, 2)), 1, 6),
     case("decode-mqa", "decode mqa", dense(3, 1, 130, (8, 1)), 1, 4),
+    *(
+        case(f"decode-h{H}-kv{G}", f"decode heads many {kind}", dense(3, 1, 48, (H, G), (32, 32)), 2, width=32)
+        for H, G, kind in MANY
+    ),
     case("decode-first", "decode odd", dense(5, 1, 1, (8, 2))),
     *(case(f"mtp{T}", "decode mtp", dense(4, T, 161, (8, 2)), 1, 4) for T in (2, 3, 4)),
 )
@@ -195,7 +217,7 @@ SCORES = (
     case("softcap-window", "prefill softcap window", dense(1, 96, 96), 8, 40, softcap=50.0, window=32),
     case("softcap-decode", "decode softcap", dense(4, 1, 150, (8, 2)), 8, 40, softcap=50.0),
     case("softcap-negative", "prefill softcap", changed(dense(1, 60, 60), leaning(-4.0, 4.0)), softcap=20.0),
-    case("large-logits", "prefill large", dense(1, 64, 64), 200, 2000),
+    case("large-logits", "prefill large overflow", dense(1, 64, 64), 200, 2000),
     case("large-positive", "prefill large", changed(dense(1, 64, 64), leaning(8.0, 8.0))),
     case("large-negative", "prefill large", changed(dense(1, 64, 64), leaning(-8.0, 8.0))),
     case("far-negative", "prefill large", changed(dense(1, 64, 64), leaning(-30.0, 32.0)), scale=1.0),
@@ -203,6 +225,10 @@ SCORES = (
     case("sinks", "prefill sinks", changed(dense(1, 90, 90), sinks()), 1, 4),
     case("sinks-large", "prefill sinks", changed(dense(1, 64, 64), sinks(6.0)), 1, 4),
     case("sinks-small", "prefill sinks", changed(dense(1, 64, 64), sinks(-30.0, 5.0))),
+    # Some fifty keys together weigh as much as one sink four above them.
+    case("sinks-level", "prefill sinks level", changed(dense(1, 64, 64), level(-15.5, 15.5), sinks(-27.0, 1.0))),
+    case("sinks-level-high", "prefill sinks level", changed(dense(1, 64, 64), level(18.0, 18.0), sinks(43.0, 1.0))),
+    case("sinks-scale", "prefill sinks scale", changed(dense(1, 64, 64), level(23.5, 23.5), sinks(43.0)), scale=0.0721),
     case("sinks-window", "prefill sinks window", changed(dense(1, 100, 100), sinks()), 1, 4, window=16),
     case("sinks-decode", "decode sinks window", changed(dense(4, 1, 200, (8, 2)), sinks(1.0)), 1, 4, window=128),
     case("sinks-softcap", "prefill sinks softcap", changed(dense(1, 80, 80), sinks(3.0)), 8, 40, softcap=5.0),

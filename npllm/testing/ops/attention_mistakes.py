@@ -193,6 +193,13 @@ class Interleaved(Backend):
         return super().attention(q_MHK[:, order], keys, rows, **how)[:, np.argsort(order)]
 
 
+class FirstEight(Backend):
+    """Query heads from the ninth on are given what the first eight have."""
+
+    def attention(self, q_MHK: Array, keys: Keys, rows: Rows, /, **how: Any) -> Array:
+        return super().attention(q_MHK, keys, rows, **how)[:, np.arange(q_MHK.shape[1]) % 8]
+
+
 def cut(x: Array, to: Format) -> Array:
     """`x` rounded towards zero."""
     step = to.spacing(x.astype(np.float64))
@@ -212,6 +219,7 @@ MISTAKES = (
     Mistake("scale applied twice", other(scale=lambda scale, width: scale**2)),
     Mistake("exponential to base 2", other(scale=lambda scale, width: scale * np.log(2.0))),
     Mistake("scale always 1/sqrt(width)", other(scale=lambda scale, width: width**-0.5)),
+    Mistake("scale rounded to float16", other(scale=lambda scale, width: float(np.float16(scale)))),
     Mistake("soft cap omitted", other(softcap=lambda cap, _: None)),
     Mistake("soft cap of twice the size", other(softcap=lambda cap, _: 2.0 * cap)),
     Mistake("soft cap before the scale", plain.CapBeforeScale),
@@ -229,9 +237,12 @@ MISTAKES = (
     Mistake("not causal", other(mask=lambda mask, _: Everything(*mask))),
     Mistake("sinks dropped", other(sinks=lambda sinks, _: None)),
     Mistake("sinks scaled", sinks_made(lambda sinks_H, q_MHK, how: sinks_H * how["scale"])),
+    Mistake("sinks clamped to -20", sinks_made(lambda sinks_H, q_MHK, how: np.maximum(sinks_H, -20.0))),
+    Mistake("sinks below -9 dropped", sinks_made(lambda sinks_H, q_MHK, how: np.where(sinks_H < -9.0, -1e4, sinks_H))),
     Mistake("sinks of the next head", sinks_made(lambda sinks_H, q_MHK, how: np.roll(sinks_H, -1))),
     Mistake("sink counted in every tile", plain.SinkPerTile),
     Mistake("grouped heads interleaved", Interleaved),
+    Mistake("heads beyond the eighth taken from the first eight", FirstEight),
     Mistake("first key head for all", changed(first_head)),
     Mistake("values of the next key head", changed(other_values)),
     Mistake("width cut to a multiple of 32", changed(narrow)),

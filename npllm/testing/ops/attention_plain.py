@@ -11,7 +11,7 @@ from npllm.arrays import Array
 from npllm.backend import Backend
 from npllm.blocks.masks import Mask
 from npllm.cache import Keys, Rows
-from npllm.testing.rounding import FORMATS, Format
+from npllm.testing.rounding import FORMATS, Format, in_format
 from npllm.weights import Linear
 
 # Keys that a kernel takes at a time.
@@ -19,10 +19,6 @@ TILE = 16
 
 # The significand of e4m3, over exponents that no probability leaves.
 FOUR_BITS = Format("four bits", 4, -126, 127)
-
-
-def in_format(x: Array, to: Format) -> Array:
-    return to.round(x.astype(np.float64)).astype(x.dtype)
 
 
 def tiles(size: int) -> list[slice]:

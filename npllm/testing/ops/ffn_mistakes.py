@@ -14,6 +14,7 @@ from npllm.testing.mistakes import Mistake
 from npllm.testing.ops.linear_mistakes import (
     NeighbourResidual,
     NoResidual,
+    RoundedBeforeResidual,
     next_token,
     of_product,
     shortened,
@@ -98,6 +99,11 @@ def clipped(act: str, gate: Array, up: Array | None) -> Array:
     return product(activation(act, np.minimum(gate, 7.0)), up)
 
 
+def without_tail(act: str, gate: Array, up: Array | None) -> Array:
+    """SiLU taken for 0 where it is below 0.003."""
+    return product(np.where(gate < -8.0, 0.0, activation(act, gate)) if act == "silu" else activation(act, gate), up)
+
+
 def separate(act: str, gate: Array, up: Array | None) -> Array:
     """As four kernels in bf16 compute it."""
     active = shortened(activation(act, shortened(gate, BF16)), BF16)
@@ -154,6 +160,8 @@ def of_norm(name: str, other: Callable[[RMS], RMS | None]) -> Mistake:
 
 
 class TruncatedNorm(Backend):
+    """Norm truncated to bf16."""
+
     def normed(self, x_MD: Array, norm: Norm | None, /) -> Array:
         h_MD = super().normed(x_MD, norm)
         step = BF16.spacing(h_MD)
@@ -174,6 +182,8 @@ NORM_MISTAKES = (
 
 
 class Exchanged(Backend):
+    """Gate and up exchanged."""
+
     def gated_ffn(
         self, x_MD: Array, w: GatedFFN, /, act: str, *, norm: Norm | None = None, residual_MD: Array | None = None
     ) -> Array:
@@ -182,6 +192,8 @@ class Exchanged(Backend):
 
 
 class ResidualTwice(Backend):
+    """Residual added twice."""
+
     def gated_ffn(
         self, x_MD: Array, w: GatedFFN, /, act: str, *, norm: Norm | None = None, residual_MD: Array | None = None
     ) -> Array:
@@ -193,9 +205,11 @@ GATED_MISTAKES = (
     Mistake("gate and up exchanged", Exchanged),
     of_hidden("up activated as well", both_activated),
     of_hidden("gate clipped at 7", clipped),
+    of_hidden("SiLU cut to zero below -8", without_tail),
     of_hidden("gate, up and activation each rounded to bf16", separate),
     Mistake("residual dropped", NoResidual),
     Mistake("residual added twice", ResidualTwice),
+    Mistake("rounded to bf16 before the residual is added", RoundedBeforeResidual),
     Mistake("residual of the neighbouring token", NeighbourResidual),
     of_product("input row of the neighbouring token", next_token),
     *ACTIVATION_MISTAKES,

@@ -16,7 +16,7 @@ from npllm.arrays import Array
 from npllm.testing.estimate import Estimate, exact, growth, handed_on, plus, product, rms_norm, rounded, summation, times
 from npllm.testing.estimate import linear as projected
 from npllm.testing.ops.attention import around, scores
-from npllm.testing.ops.rope import pairs
+from npllm.testing.ops.rope_mistakes import pairs
 from npllm.testing.rounding import Format, Rounding
 
 # No score is off by more than this, as an exponent: beyond it the bound is that of an average, whatever the weights.

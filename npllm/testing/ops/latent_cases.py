@@ -45,6 +45,8 @@ class Kind(NamedTuple):
 
     offset  added to all latents' compressed numbers: a part that all keys share, and all values.
     size    of the compressed numbers.
+    halves  added to the compressed numbers of the first half of the keys, and taken from those of the second.
+    up      of kv_b, times what makes keys and values as large as latents.
     rope    of the shared key, and `agree` added to it and to what queries have for it: scores with a large common part.
     """
 
@@ -52,9 +54,14 @@ class Kind(NamedTuple):
     size: float = 1.0
     rope: float = 1.0
     agree: float = 0.0
+    halves: float = 0.0
+    up: float = 1.0
 
 
 PLAIN = Kind()
+
+# Weights that float16 holds, but not in full: numbers of another format taken through it lose bits.
+WIDE_RANGE = Kind(size=2.0**13, rope=0.125, up=2.0**-16)
 
 
 def attending(s: Sizes, batch: int, queries: int, keys: int, kind: Kind = PLAIN) -> Draw:
@@ -63,13 +70,15 @@ def attending(s: Sizes, batch: int, queries: int, keys: int, kind: Kind = PLAIN)
     def draw(dice: np.random.Generator, scale: float) -> dict[str, Array]:
         q = scale * dice.standard_normal((batch, queries, s.heads, s.nope + s.rope))
         q[..., s.nope :] += kind.agree
-        return {"q": q, "latent": latents(dice, (batch, keys), s, kind), "kv_b": weights(dice, s)}
+        return {"q": q, "latent": latents(dice, (batch, keys), s, kind), "kv_b": kind.up * weights(dice, s)}
 
     return draw
 
 
 def latents(dice: np.random.Generator, shape: tuple[int, ...], s: Sizes, kind: Kind) -> Array:
     c = kind.size * dice.standard_normal((*shape, s.latent)) + kind.offset
+    later = np.arange(shape[-1]) >= shape[-1] // 2
+    c += np.where(later, -kind.halves, kind.halves)[:, None]
     k = kind.rope * dice.standard_normal((*shape, s.rope)) + kind.agree
     return np.concatenate([c, k], axis=-1)
 
@@ -109,6 +118,11 @@ ATTENTION = (
     attention("offset-decode", "decode offset", MANY, 4, 1, 48, Kind(offset=4.0)),
     attention("large-latents", "prefill large", SMALL, 1, 48, 48, Kind(size=8.0), (0.25, 1.0)),
     attention("small-latents", "prefill small", SMALL, 1, 48, 48, Kind(size=0.05), (1.0,)),
+    # Values cancel, but sums over either half of the keys are large; scores come from the shared key.
+    attention("halves-cancel", "decode cancel", MANY, 8, 1, 64, Kind(rope=50.0, halves=8.0), (0.02,)),
+    attention("halves-cancel-odd", "prefill cancel", SMALL, 8, 4, 67, Kind(rope=50.0, halves=8.0), (0.02,)),
+    attention("wide-range", "prefill range", SMALL, 1, 48, 48, WIDE_RANGE, (8.0,)),
+    attention("wide-range-decode", "decode range", MANY, 8, 1, 40, WIDE_RANGE, (8.0,)),
     attention("one", "odd", Sizes(1, 2, 2, 2, 4), 1, 1, 1),
     attention("no-queries", "empty", SMALL, 1, 0, 5, scales=(1.0,)),
 )  # fmt: skip
@@ -160,7 +174,7 @@ PROJECT = (
 
 def expanding(s: Sizes, keys: int, kind: Kind) -> Draw:
     def draw(dice: np.random.Generator, scale: float) -> dict[str, Array]:
-        return {"latent": scale * latents(dice, (keys,), s, kind), "kv_b": weights(dice, s)}
+        return {"latent": scale * latents(dice, (keys,), s, kind), "kv_b": kind.up * weights(dice, s)}
 
     return draw
 
@@ -181,5 +195,6 @@ EXPAND = (
     expand("odd", "odd", ODD, 29),
     expand("offset", "offset", SMALL, 40, Kind(offset=4.0)),
     expand("scales", "large small", SMALL, 40, Kind(rope=5.0), (0.01, 30.0)),
+    expand("wide-range", "range", SMALL, 40, WIDE_RANGE),
     expand("no-keys", "empty", SMALL, 0),
 )  # fmt: skip

@@ -18,7 +18,7 @@ from npllm.blocks.norms import layer_norm
 from npllm.blocks.rope import Angles, rotate_halves, rotate_interleaved
 from npllm.cache import Keys, Rows
 from npllm.testing.mistakes import Mistake
-from npllm.testing.rounding import FORMATS, Format
+from npllm.testing.rounding import FORMATS, Format, in_format
 from npllm.weights import LatentKV, Linear
 
 # An 8-bit number as in FP8 caches, without a scale.
@@ -26,11 +26,6 @@ E4M3 = Format("e4m3", 4, -6, 8)
 
 # Keys that a kernel takes at a time, in mistakes that need to say so.
 BLOCK = 16
-
-
-def to(x: Array, form: Format) -> Array:
-    """`x` rounded to a format, in its own dtype."""
-    return form.round(x.astype("float64")).astype(x.dtype)
 
 
 # -- latent_attention -------------------------------------------------------------------------------------------------
@@ -178,8 +173,11 @@ class Plain(Backend):
             scores_HTS = scale * (q_MHK[begin:end].transpose(1, 0, 2) @ k_HSK.transpose(0, 2, 1))
             seen_TS = mask.allowed(xp, xp.arange(start, start + end - begin), xp.arange(first, first + len(k_SGK)))
             p_HTS = self.softmax(xp.where(seen_TS, self.scores(scores_HTS), scores_HTS.dtype.type(-math.inf)))
-            out_MHV[begin:end] = (p_HTS @ v_HSV).transpose(1, 0, 2)
+            out_MHV[begin:end] = self.sums(p_HTS, v_HSV).transpose(1, 0, 2)
         return out_MHV
+
+    def sums(self, p_HTS: Array, v_HSV: Array) -> Array:
+        return p_HTS @ v_HSV
 
     def scores(self, scores_HTS: Array) -> Array:
         return scores_HTS
@@ -195,14 +193,26 @@ class ScoresInBf16(Plain):
     """Scores are rounded to bf16 before the softmax."""
 
     def scores(self, scores_HTS: Array) -> Array:
-        return to(scores_HTS, FORMATS["bf16"])
+        return in_format(scores_HTS, FORMATS["bf16"])
 
 
 class WeightsInFp8(Plain):
     """Softmax weights are rounded to e4m3 before they multiply the values."""
 
     def softmax(self, scores_HTS: Array) -> Array:
-        return to(super().softmax(scores_HTS), E4M3)
+        return in_format(super().softmax(scores_HTS), E4M3)
+
+
+class HalvesInBf16(Plain):
+    """Either half of the keys is summed up for itself, and put away in bf16 before the two are added."""
+
+    def sums(self, p_HTS: Array, v_HSV: Array) -> Array:
+        half = v_HSV.shape[1] // 2
+        first, second = (
+            in_format(super(HalvesInBf16, self).sums(p_HTS[..., part], v_HSV[:, part]), FORMATS["bf16"])
+            for part in (slice(half), slice(half, None))
+        )
+        return first + second
 
 
 class OwnMaximum(Plain):
@@ -239,9 +249,9 @@ ATTENTION = (
     attending("latents as values, without W_v", latents_as_values),
     attending("last latent number skipped", lambda x: x.with_latent(without_last_column)),
     attending("last number of the rope key skipped", lambda x: x.with_q(rope=without_last_column(x.q[..., x.nope :]))),
-    attending("latents cached in 8 bits", lambda x: x.with_latent(lambda c: to(c, E4M3))),
-    attending("kv_b in 8 bits", lambda x: x._replace(kv_b=to(x.kv_b, E4M3))),
-    attending("queries in 8 bits", lambda x: x._replace(q=to(x.q, E4M3))),
+    attending("latents cached in 8 bits", lambda x: x.with_latent(lambda c: in_format(c, E4M3))),
+    attending("kv_b in 8 bits", lambda x: x._replace(kv_b=in_format(x.kv_b, E4M3))),
+    attending("queries in 8 bits", lambda x: x._replace(q=in_format(x.q, E4M3))),
     attending("every row reads the first row's latents", first_row_for_all),
     attending("keys behind the last whole block skipped", only_whole_blocks),
     attending("causal from the top left", lambda x: x._replace(rows=replace(x.rows, starts=(0,) * len(x.rows.starts)))),
@@ -253,6 +263,7 @@ ATTENTION = (
     attending("window ignored", lambda x: windowed(x, None)),
     Mistake("scores rounded to bf16", ScoresInBf16),
     Mistake("softmax weights in 8 bits", WeightsInFp8),
+    Mistake("sums over parts of the keys kept in bf16", HalvesInBf16),
     Mistake("running maximum not carried between blocks", OwnMaximum),
 )
 
@@ -438,7 +449,7 @@ EXPAND = (
     expanding("kv_b: one row off", lambda x: x._replace(kv_b=x.xp.roll(x.kv_b, -1, axis=0))),
     expanding("latent taken as [rope | compressed]", rope_first),
     expanding("last latent number skipped", lambda x: x._replace(kv_b=without_last_column(x.kv_b))),
-    expanding("kv_b in 8 bits", lambda x: x._replace(kv_b=to(x.kv_b, E4M3))),
+    expanding("kv_b in 8 bits", lambda x: x._replace(kv_b=in_format(x.kv_b, E4M3))),
     expanding("rope key missing", after=no_rope),
     expanding("rope key given to the first head only", after=own_rope),
     expanding("rope key before the head's own", after=lambda x, k, v: (x.xp.roll(k, k.shape[-1] - x.nope, axis=-1), v)),

@@ -30,27 +30,37 @@ def shortened(x: Array, to: Format) -> Array:
 
 
 class NoBias(Backend):
+    """Bias dropped."""
+
     def linear(self, x_MD: Array, w: Linear, /, residual_MF: Array | None = None) -> Array:
         return super().linear(x_MD, w._replace(bias=None), residual_MF)
 
 
 class BiasTwice(Backend):
+    """Bias added twice."""
+
     def linear(self, x_MD: Array, w: Linear, /, residual_MF: Array | None = None) -> Array:
         y_MF = super().linear(x_MD, w, residual_MF)
         return y_MF if w.bias is None else y_MF + self.dense(w.bias)
 
 
 class NoResidual(Backend):
+    """Residual dropped."""
+
     def linear(self, x_MD: Array, w: Linear, /, residual_MF: Array | None = None) -> Array:
         return super().linear(x_MD, w)
 
 
 class NeighbourResidual(Backend):
+    """Residual of the neighbouring token."""
+
     def linear(self, x_MD: Array, w: Linear, /, residual_MF: Array | None = None) -> Array:
         return super().linear(x_MD, w, None if residual_MF is None else np.roll(residual_MF, 1, axis=0))
 
 
 class RoundedBeforeResidual(Backend):
+    """Rounded to bf16 before the residual is added."""
+
     def linear(self, x_MD: Array, w: Linear, /, residual_MF: Array | None = None) -> Array:
         y_MF = super().linear(x_MD, w)
         return y_MF if residual_MF is None else shortened(y_MF, FORMATS["bf16"]) + residual_MF

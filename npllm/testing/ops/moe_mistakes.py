@@ -9,8 +9,9 @@ import numpy as np
 
 from npllm.arrays import Array
 from npllm.backend import Backend
+from npllm.blocks import ACTIVATIONS
 from npllm.testing.mistakes import Mistake
-from npllm.testing.rounding import FORMATS, Format
+from npllm.testing.rounding import FORMATS, in_format
 from npllm.weights import Experts
 
 # Tokens of an expert that a kernel takes at a time, in mistakes that need to say so.
@@ -72,11 +73,6 @@ def mixing(name: str, wrong: Callable[[Call, Kernel], Array]) -> Mistake:
 def given(name: str, change: Callable[[Call], Call]) -> Mistake:
     """The right kernel with other operands."""
     return mixing(name, lambda x, kernel: kernel(change(x)))
-
-
-def to(x: Array, form: Format) -> Array:
-    """`x` rounded to a format, in its own dtype."""
-    return form.round(x.astype("float64")).astype(x.dtype)
 
 
 def other_side(x: Call) -> Call:
@@ -162,7 +158,7 @@ def weights_in_order_of_experts(x: Call) -> Call:
 def sum_in_bf16(x: Call, kernel: Kernel) -> Array:
     y = np.zeros_like(x.x)
     for c in range(x.chosen.shape[1]):
-        y = to(y + to(kernel(x.choices(c, c + 1)), FORMATS["bf16"]), FORMATS["bf16"])
+        y = in_format(y + in_format(kernel(x.choices(c, c + 1)), FORMATS["bf16"]), FORMATS["bf16"])
     return y
 
 
@@ -178,6 +174,15 @@ def garbage_of_empty_experts(x: Call, kernel: Kernel) -> Array:
         extra = x._replace(x=x.x[:1], chosen=empty[None, :1], weight=np.ones_like(x.weight[:1, :1]))
         y[:1] += kernel(extra)
     return y
+
+
+class WithoutTail(Backend):
+    """SiLU taken for 0 where it is below 0.003."""
+
+    def expert(self, x_TD: Array, gate_FD: Array, up_FD: Array, down_DF: Array, act: str) -> Array:
+        gate_TF = x_TD @ gate_FD.T
+        cut_TF = np.where((act == "silu") & (gate_TF < -8.0), 0.0, ACTIVATIONS[act](self.xp, gate_TF))
+        return np.asarray((cut_TF * (x_TD @ up_FD.T)) @ down_DF.T)
 
 
 MISTAKES = (
@@ -198,6 +203,7 @@ MISTAKES = (
     given("an expert's tokens beyond the first block skipped", one_block),
     given("gate and up exchanged", gate_and_up),
     given("another activation", other_activation),
+    Mistake("SiLU cut to zero below -8", WithoutTail),
     given("an expert chosen twice counted once", counted_once),
     mixing("sum over experts kept in bfloat16", sum_in_bf16),
     mixing("experts without tokens write garbage", garbage_of_empty_experts),

@@ -97,6 +97,8 @@ CASES = (
     case("all-equal", tied(16, 8, 1), "softmax tie normalised", (1.0,), experts_per_token=2, normalise=True),
     case("near-ties", close(512, 32), "softmax close tie", (1.0,), experts_per_token=4, normalise=True),
     case("near-ties-sigmoid", close(512, 64), "sigmoid close tie groups normalised", (1.0,), **V3),
+    # Numbers between 2^-25 and 2^-17: f16 takes neighbours of bf16 for equal there.
+    case("tiny-logits", spread(2000, 16), "sigmoid logits tie wide-range", (2.0**-20,), **LLAMA4),
     case("every-expert", spread(512, 8), "softmax", (1.0,), experts_per_token=8),
     case("four-experts", spread(1025, 4), "softmax odd", (1.0,), experts_per_token=1),
     case("one-token", spread(1, 128), "softmax decode", (1.0,), experts_per_token=8, normalise=True),

@@ -156,6 +156,8 @@ ALL: dict[str, Any] = {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0
 CASES = (
     case("greedy", rows(64, 500), "greedy", temperature=0.0),
     case("greedy-ties", levels(64, 100), "greedy tie", temperature=0.0),
+    # f16 takes many neighbours of bf16 for equal below 2^-17.
+    case("greedy-tiny", rows(512, 100), "greedy wide-range", (2.0**-20,), temperature=0.0),
     case("plain", rows(16, 1000), "basic", (1.0, 4.0)),
     case("warm", rows(16, 1000), "temperature", temperature=0.7),
     case("hot", rows(16, 1000), "temperature", temperature=2.0),
