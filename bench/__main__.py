@@ -1,4 +1,4 @@
-"""python -m bench canon | moe | truth [--out FILE]: every figure of the README that is measured."""
+"""python -m bench canon | moe | truth | detection [--out FILE]: every figure of the README that is measured."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from bench import canon, moe, truth
+from bench import canon, detection, moe, truth
 
 
 def main() -> None:
@@ -18,10 +18,13 @@ def main() -> None:
     for each in verbs.choices.values():
         each.add_argument("--rounds", type=int, default=3, help="rounds, of which the best counts (default: %(default)s)")
     verbs.add_parser("truth", help="how far the logits are from those of transformers, over tests/truth")
+    verb = verbs.add_parser("detection", help="the verification kit: seeded faults that it detects, and false alarms")
+    verb.add_argument("--only", default="", metavar="OPERATION", help="one operation (default: all)")
+    verb.add_argument("--seed", type=int, help="of the inputs (default: one that nobody has seen)")
     for each in verbs.choices.values():
         each.add_argument("--out", type=Path, help="also write the figures as JSON to this file")
     args = parser.parse_args()
-    bench = {"canon": canon, "moe": moe, "truth": truth}[args.verb]
+    bench = {"canon": canon, "moe": moe, "truth": truth, "detection": detection}[args.verb]
     figures = bench.run(**{name: value for name, value in vars(args).items() if name not in ("verb", "out")})
     print(bench.table(figures))
     if args.out is not None:

@@ -21,6 +21,8 @@ from tests.published import MODELS
 ROOT = readme.README.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+KIT = ROOT / "npllm" / "testing" / "README.md"
+every_text = pytest.mark.parametrize("document", [*DOCUMENTS, KIT], ids=["README", "CONTRIBUTING", "testing"])
 
 # A path of the repository that is named in backticks, or the target of a link.
 FOLDERS = "npllm|tests|bench|tools|backends"
@@ -86,7 +88,7 @@ def test_paths_exist(document: Path) -> None:
     assert not [path for path in named if not (ROOT / path).exists()]
 
 
-@every_document
+@every_text
 def test_commands_can_be_read(document: Path) -> None:
     """Every `npllm ...` of a fenced block or a line of text parses; `npllm VERB` alone is a name."""
     commands = COMMAND.findall(document.read_text(encoding="utf-8"))
@@ -103,7 +105,7 @@ def test_the_worked_example() -> None:
         assert (line[1:] in old, line[1:] in new) == (line[0] != "+", line[0] != "-"), line
 
 
-@every_document
+@every_text
 def test_python_is_current(document: Path) -> None:
     """Every keyword of `load(...)` and every name of npllm that a fenced block of Python uses is there."""
     for source in re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL):

@@ -259,7 +259,7 @@ def named_by(function: Any) -> Iterator[Any]:
         if name in function.__globals__:
             yield function.__globals__[name]
         elif name.partition(".")[0] in LIBRARIES:
-            yield sys.modules.get(name)
+            yield ModuleType(name)  # it may be imported by the first call only
     for cell in function.__closure__ or ():
         with suppress(ValueError):  # a cell that is not filled yet
             yield cell.cell_contents

@@ -152,6 +152,11 @@ def test_the_framework_is_what_the_code_names() -> None:
     assert guessed(honest) == guessed(np.add) == guessed(len) == "numpy"
 
 
+def test_a_library_that_the_first_call_will_import_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    assert guessed(compiled("def kernel(x):\n    import cupy\n    return cupy.abs(x)", np=np)) == "cupy"
+
+
 def test_else_what_the_file_imports() -> None:
     assert guessed(compiled("def kernel(x): return x", torch=library("torch"))) == "torch"
     with pytest.raises(ArgumentError, match="could be for jax or torch: say which as framework='jax'"):
