@@ -104,7 +104,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], int, int]:
             if prefix == LFS_POINTER:
                 raise CheckpointError(f"{path}: is a pointer of Git LFS, not the weights; fetch them with: git lfs pull")
             if length > LONGEST_HEADER:
-                raise CheckpointError(f"{path}: header of {length} bytes exceeds {LONGEST_HEADER}: is this safetensors?")
+                raise CheckpointError(f"{path}: header of {length} bytes is beyond the limit: is this a safetensors file?")
             if 8 + length > size:
                 raise CheckpointError(f"{path}: header of {length} bytes is longer than the file ({size} bytes)")
             text = file.read(length)
