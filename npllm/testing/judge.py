@@ -62,12 +62,13 @@ def judge(got: Array, estimate: Estimate, output: Format) -> Verdict:
     spread = ratio(error, np.sqrt(np.where(finite, estimate.variance, 0.0)))
     worst, limit = worst_slice(spread)
     problem, bad = "", np.zeros(got.shape, dtype=bool)
-    if is_constant(got) and not is_constant(truth):
-        problem, bad = "constant", finite
-    elif (share > 1.0).any():
+    if (share > 1.0).any():
         problem, bad = "bound", share > 1.0
     elif worst > limit:
         problem, bad = "spread", np.abs(spread) > 2.0
+    # A truth that varies by less than the budget may be met by a constant.
+    if problem and is_constant(got) and not is_constant(truth):
+        problem, bad = "constant", finite
     units = root_mean_square(error) / rounding if got.size else 0.0
     return Verdict(problem, units, worst, limit, float(np.max(share, initial=0.0)), bad)
 
