@@ -13,6 +13,7 @@ from npllm.testing.case import Case, Draw
 from npllm.testing.estimate import Estimate, applied, exact, linear, rms_norm, stored, times
 from npllm.testing.operation import Arrays, Operation, Settings
 from npllm.testing.ops import feed
+from npllm.testing.ops import linear as linear_cases
 from npllm.testing.ops.ffn_mistakes import GATED_MISTAKES, MLP_MISTAKES, PROJECT_MISTAKES
 from npllm.testing.rounding import Rounding
 from npllm.weights import MLP, QKV, GatedFFN, Linear
@@ -205,16 +206,12 @@ def in_the_tail(drawn: Draw) -> Draw:
 
 
 def wide_range(drawn: Draw) -> Draw:
-    """The same with columns of x smaller by 2^-15 to 2^-19, and those of gate and up larger.
-
-    f16 holds such numbers with few bits only: bf16 inputs that are taken through it lose some. Those of f16 have lost them.
-    """
+    """`linear.wide_range` of gate and up, with a larger down."""
+    apart = linear_cases.wide_range(drawn, gate=8.0, up=8.0)
 
     def draw(dice: np.random.Generator, scale: float) -> dict[str, Array]:
-        inputs = drawn(dice, scale)
-        factors = 2.0 ** dice.integers(15, 20, inputs["x"].shape[1])
-        gate, up = (inputs[name] * (factors / 8.0) for name in ("gate", "up"))
-        return inputs | {"x": inputs["x"] / factors, "gate": gate, "up": up, "down": 32.0 * inputs["down"]}
+        inputs = apart(dice, scale)
+        return inputs | {"down": 32.0 * inputs["down"]}
 
     return draw
 

@@ -108,8 +108,8 @@ def opposite(drawn: Draw) -> Draw:
     return draw
 
 
-def wide_range(drawn: Draw) -> Draw:
-    """The same with columns of x smaller by 2^-15 to 2^-19, and those of the weight larger.
+def wide_range(drawn: Draw, **weights: float) -> Draw:
+    """The same with columns of x smaller by 2^-15 to 2^-19; those of `weights` larger by that, divided by the number given.
 
     f16 holds such numbers with few bits only: bf16 inputs that are taken through it lose some. Those of f16 have lost them.
     """
@@ -117,7 +117,8 @@ def wide_range(drawn: Draw) -> Draw:
     def draw(dice: np.random.Generator, scale: float) -> dict[str, Array]:
         inputs = drawn(dice, scale)
         factors = 2.0 ** dice.integers(15, 20, inputs["x"].shape[1])
-        return inputs | {"x": inputs["x"] / factors, "weight": inputs["weight"] * (factors / 2.0**5)}
+        larger = {name: inputs[name] * (factors / less) for name, less in weights.items()}
+        return inputs | larger | {"x": inputs["x"] / factors}
 
     return draw
 
@@ -200,7 +201,7 @@ CASES = (
     case("m64-d96-f96-opposite-residual", opposite(product(64, 96, 96, bias=0.01)), "prefill bias residual cancelling"),
     case("m64-d96-f96-large-bias", product(64, 96, 96, bias=100.0), "prefill bias"),
     case("m64-d100-f100-skewed", product(64, 100, 100, skewed=True, residual=0.1), "prefill residual skewed"),
-    case("m64-d100-f100-wide-range", wide_range(product(64, 100, 100)), "prefill wide-range"),
+    case("m64-d100-f100-wide-range", wide_range(product(64, 100, 100), weight=32.0), "prefill wide-range"),
     case("fp8-m64-d256-f256", blocks(64, 256, 256), "fp8 prefill", FP8),
     case("fp8-m40-d300-f200", blocks(40, 300, 200), "fp8 odd prefill", FP8),
     case("fp8-m64-d129-f129-bias", blocks(64, 129, 129, bias=1.0), "fp8 odd prefill bias", FP8),
