@@ -1,0 +1,1 @@
+"""The backend "numba" for CPUs: kernels in Python, compiled by Numba."""
