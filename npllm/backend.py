@@ -13,12 +13,12 @@ import functools
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
-from npllm import blocks, parallel
+from npllm import blocks, grouped, parallel
 from npllm.arrays import Array, DTypeLike, Namespace
 from npllm.blocks.masks import Mask
 from npllm.blocks.moe import Router
@@ -88,6 +88,9 @@ class Backend:
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "float64")
     quantizations: ClassVar[tuple[str, ...]] = ()
 
+    # Why npllm.registry took it.
+    why: str = "asked for"
+
     def __init__(
         self,
         dtype: str | None = None,
@@ -100,7 +103,10 @@ class Backend:
         if self.dtype not in self.dtypes:
             raise BackendError(f"the {self.name} backend computes in {' or '.join(self.dtypes)}, not in {self.dtype}")
         if quantize is not None and quantize not in self.quantizations:
-            raise BackendError(f"the {self.name} backend does not quantise weights to {quantize!r}; leave quantize None")
+            instead = f"it knows {' and '.join(self.quantizations)}" if self.quantizations else "the numba backend does"
+            raise BackendError(
+                f"the {self.name} backend does not quantise weights to {quantize!r}; {instead}, or leave quantize None"
+            )
         self.threads = None if threads is None else whole("threads", threads, 1)
         self.strict, self.quantize = strict, quantize
 
@@ -108,6 +114,25 @@ class Backend:
     def array_dtype(self) -> str:
         """The dtype of activations and caches: float64 when the arithmetic is, else float32."""
         return "float64" if self.dtype == "float64" else "float32"
+
+    def rounding(self, operation: str, storage: str) -> Mapping[str, str]:
+        """Where an operation's results are coarser than arithmetic in `array_dtype`, for `npllm verify`: rounding points of
+        npllm.testing.Rounding by name.
+
+        `storage` is the weights' format (f32, f16, bf16, f8_e4m3, q8, q4); "step" as operation is a whole model.
+        """
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        """What a bug report should know of this backend, for `npllm doctor`: JSON values by name."""
+        return {}
+
+    def warm_up(self, progress: Callable[[int, int], None]) -> int:
+        """Compile ahead what would be compiled at its first use -> how many functions that were.
+
+        `progress` is called with how many are done and how many there are.
+        """
+        return 0
 
     # -- arrays and weights -------------------------------------------------------------------------------------------
 
@@ -139,6 +164,10 @@ class Backend:
         if isinstance(bundle, Stack):
             return [self.prepare(weight) for weight in bundle.weights]
         return type(bundle)(*map(self.prepare, bundle))
+
+    def quantised(self, weight: Weight, format: str) -> Weight:
+        """A matrix in q8 or q4, in memory; CheckpointError if a number cannot be stored."""
+        return grouped.quantised(weight, format)
 
     def mapped(self, bundle: Any) -> Any:
         """What stands for `prepare(bundle)` when weights stay on disk: the handles, widened part by part at each use."""

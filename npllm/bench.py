@@ -11,8 +11,9 @@ import io
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from npllm.config import nearest
 from npllm.errors import ArgumentError
 from npllm.llm import LLM
 from npllm.models import interpret
+from npllm.promptcache import PromptCache
 
 # Published sizes to measure with random weights: the fields of their config.json.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -83,20 +85,22 @@ def measure(
     ids = np.random.default_rng(0).integers(0, llm.config.vocab_size, max(prompt_tokens, 1)).tolist()
     results = []
     if prompt_tokens:
-        results.append(_repeat(f"pp{prompt_tokens}", prompt_tokens, repetitions, lambda: _prompt(llm, ids), progress))
+        run = partial(prompt_seconds, llm, ids)
+        results.append(_repeat(f"pp{prompt_tokens}", prompt_tokens, repetitions, run, progress))
     if new_tokens:
-        results.append(
-            _repeat(f"tg{new_tokens}", new_tokens, repetitions, lambda: _generation(llm, ids[:1], new_tokens), progress)
-        )
+        run = partial(generation_seconds, llm, ids[:1], new_tokens)
+        results.append(_repeat(f"tg{new_tokens}", new_tokens, repetitions, run, progress))
     return results
 
 
-def _prompt(llm: LLM, ids: list[int]) -> float:
+def prompt_seconds(llm: LLM, ids: Sequence[int]) -> float:
+    """Seconds for a prompt, up to the first token of its answer."""
     return llm.generate(ids, max_tokens=1, temperature=0, ignore_eos=True).timings.prompt_seconds
 
 
-def _generation(llm: LLM, ids: list[int], count: int) -> float:
-    return llm.generate(ids, max_tokens=count + 1, temperature=0, ignore_eos=True).timings.generation_seconds
+def generation_seconds(llm: LLM, ids: Sequence[int], count: int, cache: PromptCache | None = None) -> float:
+    """Seconds for `count` tokens one by one, after a prompt (of which `cache` may hold the most) and a first token."""
+    return llm.generate(ids, max_tokens=count + 1, temperature=0, ignore_eos=True, cache=cache).timings.generation_seconds
 
 
 def _repeat(

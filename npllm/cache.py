@@ -205,7 +205,7 @@ class LayerCache:
             self.reached[slot] = max(self.reached[slot], start + end - begin)
             for stored, x_MGF in zip(self.stored, new, strict=True):
                 self._write(stored[slot], start, x_MGF[begin:end].transpose(1, 0, 2))
-        return gathered or self._keys(rows)
+        return gathered or self.keys(rows)
 
     def _encoded(self, x_MGF: Array) -> Array:
         return round_to_bfloat16(self.xp, x_MGF) if self.kv_dtype == "bfloat16" else x_MGF
@@ -223,7 +223,8 @@ class LayerCache:
         begin = start % max(1, self.size)
         return [unrolled(self.xp, stored[slot].transpose(1, 0, 2), begin, stop - start) for stored in self.stored]
 
-    def _keys(self, rows: Rows) -> Keys:
+    def keys(self, rows: Rows) -> Keys:
+        """What the rows' queries may attend to, once the step's own keys are stored."""
         firsts, counts = self._visible(rows)
         return self._seen(self.stored, rows.slots, counts, firsts, tuple(first % max(1, self.size) for first in firsts))
 
@@ -316,10 +317,13 @@ class Cache:
             raise ArgumentError(f"kv_dtype {kv_dtype!r} is unknown; choose one of {', '.join(KV_BYTES)}")
         self.xp, self.specs, self.max_context, self.available = xp, tuple(specs), max_context, available
         self.compute_dtype, self.kv_dtype = compute_dtype, kv_dtype
-        self.layers = [LayerCache(xp, spec, kv_dtype, compute_dtype) for spec in specs]
+        self.layers: Sequence[LayerCache] = [self._layer(spec) for spec in specs]
         self.lengths: list[int] = []
         self.unused: set[int] = set()
         self.size = 0
+
+    def _layer(self, spec: LayerSpec) -> LayerCache:
+        return LayerCache(self.xp, spec, self.kv_dtype, self.compute_dtype)
 
     def add(self) -> int:
         """A new empty row -> its slot."""

@@ -21,8 +21,19 @@ import numpy as np
 from npllm import mistral_native
 from npllm.config import printable, read_json, shown
 from npllm.errors import CheckpointError
+from npllm.grouped import PACKED, factors_name
 from npllm.handles import FORMATS, REALS, SCALE_FORMATS, Weight
-from npllm.quantised import BLOCK, OF_ACTIVATIONS, WHAT_WORKS, Block, find_scales, refuse_foreign, scaled
+from npllm.quantised import (
+    BLOCK,
+    GROUPED,
+    OF_ACTIVATIONS,
+    WHAT_WORKS,
+    Block,
+    find_scales,
+    refuse_foreign,
+    scaled,
+    with_factors,
+)  # fmt: skip
 
 log = logging.getLogger("npllm")
 
@@ -31,6 +42,9 @@ OTHER_FORMATS = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
     "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8, "C64": 8,
 }  # fmt: skip
+
+# Factors of q8 and q4.
+FACTORS = {"F16": REALS["F16"]}
 
 # The limit of the reference implementation.
 LONGEST_HEADER = 100_000_000
@@ -176,7 +190,8 @@ def _check_layout(path: Path, entries: dict[str, Entry], size: int) -> None:
 class Checkpoint:
     """All tensors of a model folder, from one file or from the shards that its index names.
 
-    An FP8 tensor brings its scale along, in blocks of `block` rows and columns; scales are not tensors of their own here.
+    An FP8 tensor brings its scale along, in blocks of `block` rows and columns, a q8 or q4 tensor its factors; they are not
+    tensors of their own here.
     `native`: these are Mistral's own files, with the names of npllm.mistral_native.
     """
 
@@ -220,7 +235,17 @@ class Checkpoint:
             if file.mapping is not None and hasattr(file.mapping, "madvise"):
                 file.mapping.madvise(mmap.MADV_RANDOM)
 
+    def grouped(self, name: str) -> bool:
+        """Whether a tensor is stored in q8 or q4 (npllm.grouped)."""
+        return self.format(name) in GROUPED and self.scales.get(name, ("",))[0] == factors_name(name)
+
     def weight(self, name: str) -> Weight:
+        if self.grouped(name):
+            factors, file = self.scales[name]
+            return with_factors(self.files[name].weight(name, GROUPED), file.weight(factors, FACTORS))
+        if self.format(name) in GROUPED and any(map(self.grouped, self.scales)):
+            lost = f"tensor {name} is stored without its factors {factors_name(name)}"
+            raise CheckpointError(f"{self.files[name].path}: {lost}; quantise the model again")
         weight = self.files[name].weight(name, FORMATS)
         if weight.format != "f8_e4m3":
             return weight
@@ -230,7 +255,11 @@ class Checkpoint:
         return scaled(weight, file.weight(scale, SCALE_FORMATS), self.block)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.files[name].shape(name)
+        """Of a tensor's numbers, of which q4 stores two in a byte."""
+        shape = self.files[name].shape(name)
+        if not (self.grouped(name) and shape):
+            return shape
+        return (*shape[:-1], shape[-1] * PACKED[GROUPED[self.format(name)][0]])
 
     def format(self, name: str) -> str:
         return self.files[name].format(name)

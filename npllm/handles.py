@@ -12,6 +12,7 @@ import numpy as np
 from npllm.arrays import Array, DTypeLike
 from npllm.errors import CheckpointError
 from npllm.fp8 import TABLES, dequantise
+from npllm.grouped import PACKED, ungrouped
 
 # Formats by their name in a safetensors header: (npllm's name, NumPy dtype of the stored bytes).
 REALS = {"F64": ("f64", "<f8"), "F32": ("f32", "<f4"), "F16": ("f16", "<f2"), "BF16": ("bf16", "<u2")}
@@ -26,9 +27,11 @@ READ_AT_ONCE = 1 << 20
 class Weight:
     """One stored tensor: what it is, where it lies and how.
 
-    `format` is the storage format (f64, f32, f16, bf16, f8_e4m3), `data` the mapped bytes as a NumPy array of the storage
-    type (bf16 as uint16, f8 as uint8), `scale` the factors of f8, `source` the file, for errors. `axes` and `part` are those
-    of the model's spec (npllm.weights.Tensor): a backend may treat an embedding, a matrix and a gain differently.
+    `format` is the storage format (f64, f32, f16, bf16, f8_e4m3; q8, q4 of npllm.grouped), `data` the mapped bytes as a
+    NumPy array of the storage type (bf16 as uint16, f8 as uint8, q8 as int8, q4 as uint8, half as many as a row has
+    elements), `scale` the factors of f8, q8 and q4, `source` the file, for errors. `axes` and `part` are those of the
+    model's spec (npllm.weights.Tensor): a backend may treat an embedding, a matrix and a gain differently.
+    `quantisable`: quantize= means this one (npllm.grouped.marked).
     """
 
     name: str
@@ -40,6 +43,7 @@ class Weight:
     axes: str = ""
     part: str = ""
     scale: Scale | None = None
+    quantisable: bool = False
 
     @classmethod
     def of(cls, name: str, array: Array) -> Weight:
@@ -54,9 +58,12 @@ class Weight:
     def array(self, dtype: DTypeLike) -> Array:
         """The values in `dtype` (float32 or float64): the mapped bytes themselves where the type matches, else a copy.
 
-        Widening bf16 is exact: its bits are the upper half of a float32. FP8 is multiplied by its factors and rounded
-        once, in `dtype`; CheckpointError if a factor is not a number above zero.
+        Widening bf16 is exact: its bits are the upper half of a float32, and so are the products of q8 and q4 with their
+        factors. FP8 is multiplied by its factors and rounded once, in `dtype`. CheckpointError if a factor is not a number,
+        or, of FP8, not above zero.
         """
+        if self.scale is not None and (axis := self._grouped_axis) is not None:
+            return ungrouped(self.data, self.scale.array(dtype, signed=True), self.format, axis, dtype)
         if self.scale is not None:
             with np.errstate(over="ignore", invalid="ignore"):
                 return dequantise(self.data, self.scale.array(dtype), self.scale.block, self.scale.origin, dtype)
@@ -70,6 +77,14 @@ class Weight:
         with np.errstate(over="ignore", invalid="ignore"):  # generation reports what a damaged weight leads to
             return stored.astype(dtype)
 
+    def marked(self) -> Weight:
+        """The same, `quantisable`."""
+        return replace(self, quantisable=True)
+
+    def widened(self) -> Weight:
+        """A handle on a copy in float32."""
+        return replace(self, format="f32", data=self.array("float32"), scale=None, mapping=None)
+
     def __len__(self) -> int:
         return self.shape[0]
 
@@ -80,27 +95,39 @@ class Weight:
         start, stop, step = index.indices(len(self))
         if step != 1:
             raise ValueError(f"{self.name}: a slice of a weight has no step ({step})")
+        if self._grouped_axis == 0:
+            raise ValueError(f"{self.name}: its groups lie along the axis that is to be cut")
         data = self.data[start:stop]
-        return replace(self, shape=data.shape, data=data, scale=self.scale and self.scale.between(start, stop))
+        scale = self.scale and self.scale.between(start, stop)
+        return replace(self, shape=(len(data), *self.shape[1:]), data=data, scale=scale)
 
     def _entry(self, index: int) -> Weight:
-        data = self.data[index]
+        if self._grouped_axis == 0:
+            raise ValueError(f"{self.name}: its groups lie along the axis that is to be cut")
         scale = self.scale and self.scale.entry(range(len(self))[index])
-        return replace(self, shape=data.shape, data=data, axes=self.axes[1:], scale=scale)
+        return replace(self, shape=self.shape[1:], data=self.data[index], axes=self.axes[1:], scale=scale)
+
+    @property
+    def _grouped_axis(self) -> int | None:
+        """The axis that the groups of q8 and q4 lie along: the last, or, of a transposed matrix, the one before it."""
+        if self.scale is None or self.format not in PACKED:
+            return None
+        return len(self.shape) - (1 if self.scale.block[-1] > 1 else 2)
 
     def rows(self, index_M: Array) -> Weight:
         """Copies of the entries `index_M` (integers [M]) of the first axis, in their stored format: nothing else is read."""
         self._check()
         data = self.data[index_M]
         scale = self.scale and self.scale.gather(index_M % len(self))
-        return replace(self, shape=data.shape, data=data, mapping=None, scale=scale)
+        return replace(self, shape=(len(data), *self.shape[1:]), data=data, mapping=None, scale=scale)
 
     def transposed(self) -> Weight:
         """The same bytes seen with the last two axes exchanged."""
         rank = len(self.shape)
         order = (*range(rank - 2), rank - 1, rank - 2)
         data, axes = self.data.transpose(order), "".join(self.axes[i] for i in order) if self.axes else ""
-        return replace(self, shape=data.shape, data=data, axes=axes, scale=self.scale and self.scale.transposed(order))
+        shape = tuple(self.shape[i] for i in order)
+        return replace(self, shape=shape, data=data, axes=axes, scale=self.scale and self.scale.transposed(order))
 
     def equals(self, other: Weight) -> bool:
         """Whether both hold the same values in the same format."""
@@ -141,11 +168,12 @@ class Weight:
 
 @dataclass(frozen=True, eq=False)
 class Scale:
-    """The factors of an FP8 tensor: its element [i, j] is its code's number times the factor of the block that holds it,
-    `weight[(i + origin[0]) // block[0], (j + origin[1]) // block[1]]`.
+    """The factors of an FP8, q8 or q4 tensor: its element [i, j] is its code's number times the factor of the block that
+    holds it, `weight[(i + origin[0]) // block[0], (j + origin[1]) // block[1]]`.
 
     weight   handle on the factors, with as many axes as the tensor; exactly those that the tensor needs.
-    block    elements that a factor covers, per axis: (128, 128); (1, N) where each row has its own; (M, N) for one factor.
+    block    elements that a factor covers, per axis: (128, 128); (1, N) where each row has its own; (M, N) for one factor;
+             (1, 32) of q8 and q4.
     origin   where the tensor begins in its first block, per axis: not 0 in a slice that cuts a block.
     """
 
@@ -153,13 +181,14 @@ class Scale:
     block: tuple[int, ...]
     origin: tuple[int, ...]
 
-    def array(self, dtype: DTypeLike) -> Array:
-        """The factors, if all are finite and above zero; else CheckpointError."""
+    def array(self, dtype: DTypeLike, *, signed: bool = False) -> Array:
+        """The factors, if all are finite and, unless they may be `signed`, above zero; else CheckpointError."""
         factors = self.weight.array(dtype)
-        bad = factors[~((factors > 0) & (factors < np.inf))]
+        bad = factors[~(np.isfinite(factors) & (signed | (factors > 0)))]
         if bad.size:
             where, problem = f"{self.weight.source}: scale {self.weight.name}", f"holds {bad[0]}"
-            raise CheckpointError(f"{where} {problem}, not a finite number above zero; download it again")
+            above = "" if signed else " above zero"
+            raise CheckpointError(f"{where} {problem}, not a finite number{above}; download it again")
         return factors
 
     def between(self, start: int, stop: int) -> Scale:
@@ -204,6 +233,15 @@ class Stack:
     @property
     def nbytes(self) -> int:
         return sum(weight.nbytes for weight in self.weights)
+
+    @property
+    def format(self) -> str:
+        """That of the first tensor."""
+        return self.weights[0].format
+
+    def marked(self) -> Stack:
+        """The same, every tensor `quantisable`."""
+        return replace(self, weights=tuple(weight.marked() for weight in self.weights))
 
     def __len__(self) -> int:
         return len(self.weights)

@@ -33,6 +33,7 @@ from npllm.generation import (
     stop_strings,
     stop_tokens,
 )
+from npllm.grouped import marked
 from npllm.handles import fingerprint
 from npllm.model import Model, check_memory
 from npllm.models import Described
@@ -117,6 +118,8 @@ class LLM:
         spec = described.architecture.weight_spec(described.config)
         check_memory(backend, [tensor for tensor in spec.values() if tensor.alias is None], "random weights")
         weights = random_weights(spec, seed)
+        if backend.quantize is not None:
+            weights = marked(spec, weights, backend.quantize)
         tree = build_tree(spec, weights, backend.prepare)
         model = Model(described.architecture, described.config, tree, spec)
         return cls(model, backend, **{"fingerprint": fingerprint(weights)} | kwargs)
@@ -154,7 +157,7 @@ class LLM:
             raise ContextError("logits='last' needs at least one token")
         if tokens_BT.size == 0:
             N = self.config.vocab_size
-            return np.zeros((B, T, N) if logits == "all" else (B, N), self.backend.dtype)
+            return np.zeros((B, T, N) if logits == "all" else (B, N), self.backend.array_dtype)
         cache = self.new_cache()
         slots = [cache.add() for _ in range(B)]
         rows = cache.plan(slots, [T] * B, None if logits == "all" else [True] * B)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import sys
@@ -13,6 +14,7 @@ from npllm.backend import Backend
 from npllm.checkpoint import Checkpoint
 from npllm.config import Reader, read_json
 from npllm.errors import ArgumentError, ConfigError, TokenizerError
+from npllm.grouped import marked
 from npllm.handles import Handle, fingerprint
 from npllm.llm import LLM, Defaults
 from npllm.matching import match
@@ -21,7 +23,7 @@ from npllm.models import Described, read_config
 from npllm.registry import get_backend
 from npllm.sampling import Sampling
 from npllm.tokenizer import FILES, Tokenizer
-from npllm.weights import Spec, build_tree
+from npllm.weights import Spec, build_tree, count_parameters
 
 if TYPE_CHECKING:
     from npllm.matformer import Slice
@@ -44,13 +46,14 @@ def load(
 ) -> LLM:
     """Load a model: a local folder, a hub id, or (None) the small model that ships with npllm.
 
-    backend      "numpy", an installed backend's name, or "auto": the fastest that loads.
+    backend      "numpy", an installed backend's name, or "auto": the fastest that loads; a small model (npllm.registry
+                 says how small) runs on "numpy", which has nothing to compile.
     quantize     weights in fewer bits, by a name that the backend knows; None: as they are stored.
-    dtype        arithmetic: "float32", "float64"; None is the backend's choice.
+    dtype        arithmetic: "float32", "float64", "bfloat16" where the backend can; None is the backend's choice.
     kv_dtype     how keys and values are cached: "float32", "float64", "bfloat16"; None: as they are computed.
     weights      "memory"; "disk": they stay in the mapped files, and each step reads the layers and the experts that it
                  uses; "auto": on disk if they do not fit into memory.
-    threads      of BLAS and of the backend.
+    threads      of BLAS and of the backend; None: OMP_NUM_THREADS, else NUMBA_NUM_THREADS, else all cores.
     revision     branch, tag or commit on the hub.
     max_context  at most so many tokens per row; never more than the model was trained for.
     strict       an operation that a backend declines is an error.
@@ -58,7 +61,8 @@ def load(
 
     ConfigError, CheckpointError, TokenizerError, HubError, MemoryLimitError, BackendError say in one line what is wrong.
     """
-    be = get_backend(backend, dtype=dtype, strict=strict, threads=threads, quantize=quantize)
+    make = functools.partial(get_backend, backend, dtype=dtype, strict=strict, threads=threads, quantize=quantize)
+    be = make(parameters=0)  # refuses what no backend can do now, not after a download
     if weights not in ("auto", "memory", "disk"):
         raise ArgumentError(f"weights = {weights!r} must be 'auto', 'memory' or 'disk'")
     folder = locate(source, revision)
@@ -73,10 +77,15 @@ def load(
 
         described, handles = sliced_model(described, handles, matformer, name)
     spec = described.architecture.weight_spec(described.config)
+    if backend == "auto":
+        be = make(parameters=count_parameters(spec))
+        log.info("backend %s (%s)", be.name, be.why)
+    if be.quantize is not None:
+        handles = marked(spec, handles, be.quantize)
     on_disk = weights == "disk" or not check_memory(be, handles.values(), name, demanded=weights == "memory")
     if on_disk:
         checkpoint.read_exactly()
-    identity = _identity(handles, described.config)
+    identity = _identity(handles, described.config, be.quantize)
     tree = _prepare(be, spec, handles, on_disk)
     model = Model(described.architecture, described.config, tree, spec)
     return LLM(
@@ -123,9 +132,10 @@ def _existing(source: str | Path) -> Path | None:
         return None
 
 
-def _identity(handles: Mapping[str, Handle], config: Any) -> str:
+def _identity(handles: Mapping[str, Handle], config: Any, quantize: str | None) -> str:
     """A digest of the weights and of what is done with them: saved keys and values depend on both."""
-    return hashlib.blake2b(f"{fingerprint(handles)} {config}".encode(), digest_size=16).hexdigest()
+    text = f"{fingerprint(handles)} {config}" + (f" {quantize}" if quantize else "")
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _prepare(be: Backend, spec: Spec, handles: dict[str, Handle], on_disk: bool) -> Any:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 from pathlib import Path
+
+# Where Linux tells what a container may take.
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 
 def gibibytes(size: float) -> str:
@@ -61,31 +65,46 @@ def _process_limits() -> list[int]:
 
 def _control_group() -> int | None:
     """What the container may still take (cgroup v2, else v1); file pages that can be dropped do not count as taken."""
-    root = Path("/sys/fs/cgroup")
     places = [
         ("memory.max", "memory.current", "memory.stat", "inactive_file"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
     ]
     for limit, usage, statistics, droppable in places:
         try:
-            counts = dict(line.split() for line in (root / statistics).read_text().splitlines())
-            used = int((root / usage).read_text()) - int(counts.get(droppable, 0))
-            return max(0, int((root / limit).read_text()) - used)
+            counts = dict(line.split() for line in (CONTROL_GROUPS / statistics).read_text().splitlines())
+            used = int((CONTROL_GROUPS / usage).read_text()) - int(counts.get(droppable, 0))
+            return max(0, int((CONTROL_GROUPS / limit).read_text()) - used)
         except (OSError, ValueError):
             continue
     return None
 
 
 def cores() -> int:
-    """Cores that this process may run on."""
+    """Cores that this process may keep busy: those it may run on, and no more than its control group has time for."""
     affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    count = len(affinity(0)) if affinity else os.cpu_count() or 1
+    share = _processor_share()
+    return count if share is None else max(1, min(count, math.ceil(share)))
+
+
+def _processor_share() -> float | None:
+    """Cores' worth of time that the container may take (cgroup v2, else v1)."""
+    for places in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((CONTROL_GROUPS / place).read_text() for place in places).split()
+            return int(quota) / int(period) if int(quota) > 0 else None
+        except (OSError, ValueError):  # no such group; "max"
+            continue
+    return None
 
 
 def default_threads() -> int:
-    """Threads where the user names none: OMP_NUM_THREADS, else all cores."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return min(int(asked), cores()) if asked.isdigit() and int(asked) else cores()
+    """Threads where the user names none: OMP_NUM_THREADS, else NUMBA_NUM_THREADS, else all cores."""
+    for variable in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        asked = os.environ.get(variable, "")
+        if asked.isdigit() and int(asked):
+            return min(int(asked), cores())
+    return cores()
 
 
 def cpu_name() -> str:

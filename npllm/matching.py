@@ -67,7 +67,7 @@ def match(described: Described, checkpoint: Checkpoint) -> dict[str, Handle]:
         if (form := forms[name]) is not None:
             handles[name] = _experts(name, tensor, form, stored, checkpoint)
         elif name in stored:
-            handle = _checked(checkpoint, stored[name], tensor.shape)
+            handle = _found(checkpoint, stored[name], tensor)
             # Some checkpoints store a tied head beside the embedding: the same numbers are kept once.
             tied = None if tensor.alias is None else handles[tensor.alias]
             if not (isinstance(tied, Weight) and handle.equals(tied)):
@@ -108,6 +108,13 @@ def _checked(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Weigh
         wanted = f"the config asks for {list(shape)}"
         raise CheckpointError(f"{checkpoint.folder}: tensor {name} has shape {list(found)}, {wanted}")
     return checkpoint.weight(name)
+
+
+def _found(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Weight:
+    """The handle of a tensor under its own name; groups of q8 and q4 always lie along a matrix's inputs."""
+    if tensor.stored == "io" and checkpoint.grouped(name):
+        return _checked(checkpoint, name, tensor.shape[::-1]).transposed()
+    return _checked(checkpoint, name, tensor.shape)
 
 
 def _experts(name: str, tensor: Tensor, form: Form, stored: Mapping[str, str], checkpoint: Checkpoint) -> Stack:

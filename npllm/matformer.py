@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,14 +19,25 @@ import numpy as np
 
 from npllm.arrays import Array, DTypeLike
 from npllm.blocks import CAUSAL
-from npllm.checkpoint import Checkpoint, SafetensorsFile
+from npllm.checkpoint import Checkpoint
 from npllm.config import nearest, read_json, shown
 from npllm.errors import ArgumentError, CheckpointError, ConfigError
+from npllm.grouped import PACKED
 from npllm.handles import Handle, Weight
 from npllm.matching import match, own_name
 from npllm.models import NESTED, Described, interpret, read_config
 from npllm.models.gemma3n import Config
-from npllm.saving import SHARD_BYTES, Outgoing, copy_companions, move_into_place, workplace, write_tensors
+from npllm.saving import (
+    PIECE,
+    SHARD_BYTES,
+    Outgoing,
+    as_stored,
+    copy_companions,
+    move_into_place,
+    require_empty,
+    workplace,
+    write_tensors,
+)  # fmt: skip
 from npllm.weights import count_parameters
 
 # Published sizes by name: which layers go, and the FFN's width.
@@ -35,9 +45,6 @@ PRESETS: dict[str, dict[str, Any]] = {"e2b": {"drop": [20, 21, 22, 23, 24], "ffn
 
 # The narrowest FFN that the published models were trained with. A smaller model is taken to be trained from its half on.
 NARROWEST = 8192
-
-# Bytes that are copied at a time.
-PIECE = 1 << 24
 
 TABLE, PROJECTION = "embed_tokens_per_layer.weight", "per_layer_model_projection.weight"
 LAYER = re.compile(r"layers\.(\d+)\.(.*)")
@@ -188,7 +195,9 @@ def sliced_model(
 def _refuse_scales(handles: Mapping[str, Handle], where: str) -> None:
     scaled = next((name for name, handle in handles.items() if isinstance(handle, Weight) and handle.scale), None)
     if scaled is not None:
-        raise CheckpointError(f"{where}: tensor {scaled} is stored in FP8, which cannot be cut: take a bfloat16 checkpoint")
+        stored = handles[scaled].format if handles[scaled].format in PACKED else "FP8"
+        problem = f"tensor {scaled} is stored in {stored}, which cannot be cut: take a bfloat16 checkpoint"
+        raise CheckpointError(f"{where}: {problem}")
 
 
 def _new_name(own: str, chosen: Slice) -> str | None:
@@ -254,7 +263,7 @@ def slice_folder(
     """
     described = read_config(source)
     chosen = choose(wanted, described, str(source))
-    _check_target(out)
+    require_empty(out)
     checkpoint = Checkpoint(source, described.block)
     handles = match(described, checkpoint)
     _refuse_scales(handles, str(source))
@@ -272,15 +281,6 @@ def slice_folder(
         move_into_place(temporary, out)
     parameters = count_parameters(smaller.architecture.weight_spec(smaller.config))
     return Sliced(out, chosen.layers, chosen.ffn, parameters, total)
-
-
-def _check_target(out: Path) -> None:
-    try:
-        usable = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-    except OSError as bad:
-        raise CheckpointError(f"{out}: cannot be written ({bad.strerror})") from None
-    if not usable:
-        raise CheckpointError(f"{out}: is not an empty folder; name another, or a new one")
 
 
 def _shard_bytes(checkpoint: Checkpoint) -> int:
@@ -301,23 +301,11 @@ def _outgoing(checkpoint: Checkpoint, handles: Mapping[str, Handle], chosen: Sli
         whole = handles.get(own or "")
         part = whole if whole is None else _cut(str(new), whole, chosen, width)
         if part is None or part is whole:
-            tensors[name] = _as_stored(checkpoint.files[stored], stored)
+            tensors[name] = as_stored(checkpoint.files[stored], stored)
         else:
             pieces = functools.partial(_pieces, part)
             tensors[name] = Outgoing(checkpoint.format(stored), part.shape, part.data.itemsize, pieces)
     return tensors
-
-
-def _as_stored(file: SafetensorsFile, name: str) -> Outgoing:
-    """A tensor whose bytes stay as they are, whatever their type."""
-    dtype, shape, begin, end = file.entries[name]
-
-    def pieces() -> Iterator[Array]:
-        for start in range(begin, end, PIECE):
-            assert file.mapping is not None
-            yield np.frombuffer(file.mapping, np.uint8, min(PIECE, end - start), file.start + start)
-
-    return Outgoing(dtype, shape, (end - begin) // max(1, math.prod(shape)), pieces)
 
 
 def _pieces(weight: Weight) -> Iterable[Array]:

@@ -1,9 +1,12 @@
-"""Quantised checkpoints as they are published: FP8 is read, everything else is refused by name.
+"""Quantised checkpoints: published FP8 and what `npllm quantize` writes are read, everything else is refused by name.
 
 An FP8 tensor `X.weight` has its factors beside it, under one of the names that DeepSeek (`X.weight_scale_inv`),
 compressed-tensors (`X.weight_scale`) and Mistral (`X.qscale_weight`) give them; stacked experts `X.gate_up_proj` have
 `X.gate_up_proj_scale_inv`. All are multiplied. How many elements a factor covers follows from its shape, and for blocks
 from config.json. What quantises activations or the cache in the original runtime is no part of the model's mathematics.
+
+What `npllm quantize` writes (npllm.grouped) is said by `quantization_config` of config.json: {"quant_method": "npllm",
+"bits": 8 or 4, "group_size": 32}, and "weight_block_size" where tensors that stay in FP8 have other blocks than 128 x 128.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from npllm.config import MOST_UNITS, Reader, printable, shown
 from npllm.errors import CheckpointError, ConfigError
+from npllm.grouped import BITS, GROUP, PACKED, factors_name
 from npllm.handles import REALS, Scale, Weight
 
 if TYPE_CHECKING:
@@ -32,6 +36,10 @@ class Block(NamedTuple):
 # Where config.json does not say.
 BLOCK = Block(128, 128)
 
+# What `npllm quantize` writes: its name in config.json, and its formats by their name in a safetensors header.
+OWN = "npllm"
+GROUPED = {"I8": ("q8", "|i1"), "U8": ("q4", "|u1")}
+
 WHAT_WORKS = "use the model's BF16 release, or one in FP8 (quant_method fp8, or compressed-tensors of 8-bit floats)"
 
 # -- config.json ------------------------------------------------------------------------------------------------------
@@ -48,7 +56,23 @@ def read_block(values: dict[str, Any], name: str) -> Block:
         return _read_fp8(reader)
     if method == "compressed-tensors":
         return _read_compressed_tensors(reader)
+    if method == OWN:
+        return _read_own(reader)
     raise ConfigError(f"{reader.name}: quant_method {shown(method)} is not supported; {WHAT_WORKS}")
+
+
+def own_config(format: str, block: Block) -> dict[str, Any]:
+    """`quantization_config` of a model in q8 or q4; `block` is that of its other tensors, should they be in FP8."""
+    sizes = {} if block == BLOCK else {"weight_block_size": list(block[:2])}
+    return {"quant_method": OWN, "bits": BITS[format], "group_size": GROUP} | sizes
+
+
+def _read_own(reader: Reader) -> Block:
+    if reader.raw("bits") not in BITS.values():
+        raise reader.fail("bits", f"is not supported; npllm quantize writes {' or '.join(map(str, BITS.values()))}")
+    if reader.raw("group_size") != GROUP:
+        raise reader.fail("group_size", f"is not supported; npllm quantize writes {GROUP}")
+    return _read_sizes(reader, "weight_block_size")
 
 
 def _read_fp8(reader: Reader) -> Block:
@@ -111,7 +135,8 @@ FOREIGN_NAME = re.compile(f".*({'|'.join(FOREIGN.values())})")
 # Scales of activations and of cached keys and values.
 OF_ACTIVATIONS = re.compile(r".*(\.(input|output|prob|kv|[qkv])_scale|[._]activation_scale|\.qscale_act|\.input_scale_ub)")
 
-SCALE = re.compile(r"(.*)(\.weight_scale_inv|\.weight_scale|\.qscale_weight|_proj_scale_inv)")
+FACTORS = factors_name(".weight")
+SCALE = re.compile(rf"(.*)(\.weight_scale_inv|\.weight_scale|\.qscale_weight|_proj_scale_inv|{re.escape(FACTORS)})")
 
 
 def refuse_foreign(files: Mapping[str, SafetensorsFile]) -> None:
@@ -123,7 +148,7 @@ def refuse_foreign(files: Mapping[str, SafetensorsFile]) -> None:
 
 
 def find_scales(files: Mapping[str, SafetensorsFile]) -> dict[str, str]:
-    """Tensor -> its scale, for every tensor stored as no real number that has one.
+    """Tensor -> its scale (its factors, in q8 and q4), for every tensor stored as no real number that has one.
 
     CheckpointError for two scales of one tensor, and for a scale without its tensor.
     """
@@ -140,12 +165,14 @@ def find_scales(files: Mapping[str, SafetensorsFile]) -> dict[str, str]:
             scales[name] = found[0]
     paired = set(scales.values())
     for name, file in files.items():
-        if name not in paired and SCALE.fullmatch(name):
-            raise CheckpointError(f"{file.path}: scale {name} belongs to no FP8 tensor; download the checkpoint again")
+        if name not in paired and (scale := SCALE.fullmatch(name)):
+            kind = "q8 or q4" if scale[2] == FACTORS else "FP8"
+            raise CheckpointError(f"{file.path}: scale {name} belongs to no {kind} tensor; download the checkpoint again")
     return scales
 
 
 def _scale_names(name: str) -> Iterator[str]:
+    yield factors_name(name)
     yield f"{name}_scale_inv"
     yield f"{name}_scale"
     if name.endswith(".weight"):
@@ -185,3 +212,16 @@ def layouts(shape: tuple[int, ...], block: Block) -> Iterator[tuple[tuple[int, .
             yield (*lead,), (*ones, rows, columns)
     yield (1,), shape
     yield (), shape
+
+
+def with_factors(codes: Weight, factors: Weight) -> Weight:
+    """A q8 or q4 tensor, of its codes and the factors of its groups; CheckpointError if their shapes do not fit."""
+    *lead, width = codes.shape or (0,)
+    shape = (*lead, width * PACKED[codes.format])
+    wanted = (*lead, shape[-1] // GROUP)
+    if len(shape) != 2 or shape[-1] % GROUP or factors.shape != wanted:
+        raise CheckpointError(
+            f"{factors.source}: {factors.name} has shape {list(factors.shape)}, which does not fit {codes.name} of shape "
+            f"{list(codes.shape)}: a matrix in {codes.format} has a factor for every {GROUP} numbers of a row"
+        )
+    return replace(codes, shape=shape, scale=Scale(factors, (1, GROUP), (0, 0)))

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 from npllm.backend import Backend, log_once
 from npllm.config import nearest
 from npllm.errors import BackendError
 
-# "auto" takes the first of these that is installed and loads, else "numpy".
-PREFERENCE = ("cupy", "numba")
+
+class Candidate(NamedTuple):
+    """A backend that "auto" may take.
+
+    least_parameters  a smaller model runs on "numpy" about as fast, and begins at once: there is nothing to compile.
+    slow              dtypes that it computes in no faster than "numpy".
+    """
+
+    name: str
+    least_parameters: int = 0
+    slow: tuple[str, ...] = ()
+
+    def unsuited(self, dtype: str | None, parameters: int | None) -> str:
+        """Why "numpy" does as well for a model of so many parameters (None: unknown); "" where it does not."""
+        if dtype in self.slow:
+            return f"{self.name} is no faster in {dtype}"
+        if parameters is not None and parameters < self.least_parameters:
+            return f"{self.name} gains nothing below {self.least_parameters:,} parameters"
+        return ""
+
+
+# "auto" takes the first of these that is installed, loads and suits, else "numpy".
+PREFERENCE = (Candidate("cupy"), Candidate("numba", 50_000_000, ("float64",)))
 
 
 def available_backends() -> dict[str, str]:
@@ -32,19 +54,42 @@ def get_backend(
     strict: bool = False,
     threads: int | None = None,
     quantize: str | None = None,
+    parameters: int | None = None,
 ) -> Backend:
-    """The backend `name` ("auto": the fastest that loads), computing in `dtype`. BackendError says what to install."""
+    """The backend `name`, computing in `dtype`; its `why` says why it was taken.
+
+    "auto" is the fastest that loads, or "numpy" where that does as well for a model of so many `parameters`. BackendError
+    says what to install.
+    """
+    make = functools.partial(_make, dtype=dtype, strict=strict, threads=threads, quantize=quantize)
     if name != "auto":
-        return _load(name)(dtype, strict=strict, threads=threads, quantize=quantize)
+        return make(name)
     registered = _registered()
-    for candidate in PREFERENCE:
-        if candidate not in registered:
-            continue
+    candidates = {each.name: each.unsuited(dtype, parameters) for each in PREFERENCE if each.name in registered}
+    problems = []
+    for candidate in (name for name, unsuited in candidates.items() if not unsuited):
         try:
-            return _load(candidate)(dtype, strict=strict, threads=threads, quantize=quantize)
+            return make(candidate, "auto: the fastest that loads")
         except BackendError as error:
             log_once(f"backend auto: {error}", logging.WARNING)
-    return _load("numpy")(dtype, strict=strict, threads=threads, quantize=quantize)
+            problems.append(str(error))
+    passed = [unsuited for unsuited in candidates.values() if unsuited]
+    try:
+        return make("numpy", f"auto: {'; '.join(problems + passed) or 'nothing faster is installed'}")
+    except BackendError as error:
+        problems.append(str(error))
+    for candidate in (name for name, unsuited in candidates.items() if unsuited):
+        try:
+            return make(candidate, f"auto: {problems[-1]}")
+        except BackendError as error:
+            problems.append(str(error))
+    raise BackendError("; ".join(problems))
+
+
+def _make(name: str, why: str = Backend.why, **settings: Any) -> Backend:
+    backend = _load(name)(**settings)
+    backend.why = why
+    return backend
 
 
 def _registered() -> dict[str, Any]:

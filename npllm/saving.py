@@ -15,10 +15,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from npllm.arrays import Array
+from npllm.checkpoint import SafetensorsFile
 from npllm.errors import CheckpointError, NpllmError
 
 SHARD_BYTES = 4_000_000_000
+
+# Bytes that are copied at a time.
+PIECE = 1 << 24
 
 # What goes along with the weights: configuration, tokenizer, templates, licence; never code.
 COMPANIONS = (".json", ".jinja", ".model", ".txt", ".md")
@@ -26,12 +32,14 @@ COMPANIONS = (".json", ".jinja", ".model", ".txt", ".md")
 
 class Outgoing(NamedTuple):
     """A tensor to write: its type by the name of a safetensors header, its shape, bytes per element, and what gives its
-    elements in order, as arrays that lie without gaps."""
+    elements in order, as arrays that lie without gaps. Those that are `last` are asked for after all others, in their order.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     itemsize: int
     pieces: Callable[[], Iterable[Array]]
+    last: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -72,7 +80,7 @@ def _plan(tensors: Mapping[str, Outgoing], shard_bytes: int) -> dict[str, list[s
 
 def _write_file(path: Path, tensors: Mapping[str, Outgoing]) -> Iterator[int]:
     """Write one safetensors file; wide types first, so that every tensor is aligned to its own size."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    order = sorted(tensors, key=lambda name: (1, 0, "") if tensors[name].last else (0, -tensors[name].itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in order:
@@ -88,6 +96,28 @@ def _write_file(path: Path, tensors: Mapping[str, Outgoing]) -> Iterator[int]:
                 yield piece.nbytes
         file.flush()
         os.fsync(file.fileno())
+
+
+def as_stored(file: SafetensorsFile, name: str) -> Outgoing:
+    """A tensor whose bytes stay as they are, whatever their type."""
+    dtype, shape, begin, end = file.entries[name]
+
+    def pieces() -> Iterator[Array]:
+        for start in range(begin, end, PIECE):
+            assert file.mapping is not None
+            yield np.frombuffer(file.mapping, np.uint8, min(PIECE, end - start), file.start + start)
+
+    return Outgoing(dtype, shape, (end - begin) // max(1, math.prod(shape)), pieces)
+
+
+def require_empty(out: Path) -> None:
+    """CheckpointError unless `out` is an empty folder, or nothing yet."""
+    try:
+        usable = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    except OSError as bad:
+        raise CheckpointError(f"{out}: cannot be written ({bad.strerror})") from None
+    if not usable:
+        raise CheckpointError(f"{out}: is not an empty folder; name another, or a new one")
 
 
 @contextmanager

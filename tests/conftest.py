@@ -1,10 +1,11 @@
-"""Hypothesis' profile, and fixtures that several test modules use."""
+"""Hypothesis' profile, fixtures that several test modules use, and what `pytest -m full` leaves behind."""
 
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 
+from tests.full import pytest_terminal_summary  # noqa: F401 (a hook)
 from tests.shapecheck import shapes_checked
 
 # Derandomised: the same examples every time, on every machine. `pytest --hypothesis-profile=search` looks for new ones.

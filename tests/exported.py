@@ -11,6 +11,7 @@ from npllm import blocks
 from npllm.arrays import Array
 from npllm.backend import Backend, merge_heads
 from npllm.cache import LayerCache, LayerSpec, Rows
+from npllm.handles import Stack, Weight
 from npllm.latent import LATENT_EPS, latent_queries
 from npllm.models import interpret
 from npllm.weights import Experts, Gate, GatedFFN, LatentKV, Linear
@@ -62,6 +63,21 @@ def lookup(file: str, case: str, dtype: str) -> tuple[Parameters, Tensors, str]:
 # -- operations on a file's inputs --------------------------------------------------------------------------------------
 
 
+def prepared(be: Backend, bundle: Any) -> Any:
+    """A bundle of a file's arrays as the backend prepares one of handles."""
+    return be.prepare(handles(bundle))
+
+
+def handles(bundle: Any) -> Any:
+    if bundle is None:
+        return None
+    if isinstance(bundle, np.ndarray):
+        return Weight.of("exported", bundle)
+    if isinstance(bundle, list):
+        return Stack("exported", tuple(map(handles, bundle)))
+    return type(bundle)(*map(handles, bundle))
+
+
 def config_of(given: Parameters) -> Any:
     """What the model file of a case's architecture reads from the case's config fields."""
     heads = given["num_attention_heads"]
@@ -90,22 +106,25 @@ def experts_of(t: Tensors, transposed: bool) -> Experts:
 def mixture(be: Backend, given: Parameters, t: Tensors, x_MD: Array, router: blocks.Router | None = None) -> Array:
     """A whole mixture of experts by the backend's operations -> y_MD; `router` takes the place of the config's."""
     llama4, act = given["model"] == "llama4_text", given["hidden_act"]
-    gate = gate_of(t, "router." if llama4 else "gate.")
+    gate, experts = prepared(be, gate_of(t, "router." if llama4 else "gate.")), prepared(be, experts_of(t, llama4))
     index_MC, weight_MC = be.route(x_MD, gate, router or config_of(given).router)
-    y_MD = be.moe(x_MD, experts_of(t, llama4), index_MC, weight_MC, act, weigh="input" if llama4 else "output")
-    if "shared_expert_gate.weight" in t:
-        weight_M1 = blocks.sigmoid(be.xp, be.linear(x_MD, Linear(t["shared_expert_gate.weight"])))
-        return y_MD + weight_M1 * be.gated_ffn(x_MD, gated_ffn_of(t, "shared_expert"), act)
+    y_MD = be.moe(x_MD, experts, index_MC, weight_MC, act, weigh="input" if llama4 else "output")
     shared = [name for name in ("shared_expert", "shared_experts") if f"{name}.gate_proj.weight" in t]
-    return be.gated_ffn(x_MD, gated_ffn_of(t, shared[0]), act, residual_MD=y_MD) if shared else y_MD
+    if not shared:
+        return y_MD
+    ffn = prepared(be, gated_ffn_of(t, shared[0]))
+    if "shared_expert_gate.weight" in t:
+        weight_M1 = blocks.sigmoid(be.xp, be.linear(x_MD, prepared(be, Linear(t["shared_expert_gate.weight"]))))
+        return y_MD + weight_M1 * be.gated_ffn(x_MD, ffn, act)
+    return be.gated_ffn(x_MD, ffn, act, residual_MD=y_MD)
 
 
 class Projections:
-    """The modules of an attention layer as the attributes that npllm.latent asks for."""
+    """The modules of an attention layer as the attributes that npllm.latent asks for, prepared by a backend."""
 
-    def __init__(self, t: Tensors) -> None:
+    def __init__(self, be: Backend, t: Tensors) -> None:
         for name in {key.rpartition(".")[0] for key in t if "." in key}:
-            setattr(self, name, Linear(t[f"{name}.weight"], t.get(f"{name}.bias")))
+            setattr(self, name, prepared(be, Linear(t[f"{name}.weight"], t.get(f"{name}.bias"))))
 
 
 def latent_spec(given: Parameters) -> LayerSpec:
@@ -114,7 +133,7 @@ def latent_spec(given: Parameters) -> LayerSpec:
 
 def latent_attention(be: Backend, given: Parameters, t: Tensors, x_MD: Array, rows: Rows, memory: LayerCache) -> Array:
     """A layer of latent attention by the backend's operations, output projection included -> y_MD."""
-    c, w = config_of(given), Projections(t)
+    c, w = config_of(given), Projections(be, t)
     angles = be.angles(c.rope, rows.positions_M)
     q_MHK = latent_queries(be, c, w, x_MD, angles)
     if given["model"] == "mistral4":

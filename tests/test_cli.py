@@ -632,7 +632,7 @@ def test_doctor_json(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["environment"]["OMP_NUM_THREADS"] == "1"
     assert found["versions"]["npllm"] == __version__
     assert found["versions"]["numpy"] == np.__version__
-    assert found["backends"]["numpy"] == {"loads": True, "dtype": "float32", "reason": None}
+    assert found["backends"]["numpy"] == {"loads": True, "dtype": "float32", "reason": None, "facts": {}}
 
 
 def test_doctor_says_why_a_backend_does_not_load(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -713,7 +713,7 @@ def test_a_damaged_model_fails_in_one_line(run: Run, tmp_path: Path, damage: Cal
         (["generate", "x", "--threads", "0"], "threads"),
         (["generate", "x", "--dtype", "int3"], "int3"),
         (["generate", "x", "--kv-dtype", "int3"], "int3"),
-        (["generate", "x", "--quantize", "q4"], "quant"),
+        (["generate", "x", "--quantize", "q5"], "quant"),
         (["generate", "x", "--backend", "abacus"], "abacus"),
         (["generate", "x", "--max-context", "0"], "max_context"),
         (["generate", "x", "--stop", ""], "stop"),

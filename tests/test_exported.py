@@ -19,6 +19,7 @@ import npllm
 from npllm import blocks
 from npllm.arrays import Array
 from npllm.backend import Backend
+from npllm.backends.numba_cpu.backend import NumbaBackend
 from npllm.cache import Cache, LayerSpec
 from npllm.numpy_backend import NumpyBackend
 from tests import strategies as our
@@ -30,7 +31,7 @@ from tests.steps import step
 pytestmark = pytest.mark.usefixtures("checked_shapes")
 
 dtypes = st.sampled_from(["float32", "float64"])
-backends = st.sampled_from([Backend, NumpyBackend])
+backends = st.sampled_from([Backend, NumpyBackend, NumbaBackend])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -140,7 +141,7 @@ def test_mixtures(place: tuple[str, str], make: Any, dtype: str, seed: int, data
 
 @cache
 def model(name: str, kind: type[Backend], dtype: str) -> npllm.LLM:
-    llm = npllm.load(TRUTH / "models" / name, backend="numpy", dtype=dtype)
+    llm = npllm.load(TRUTH / "models" / name, backend=kind.name, dtype=dtype)
     llm.backend = kind(dtype)
     return llm
 

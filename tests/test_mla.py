@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from npllm import blocks
 from npllm.arrays import Array
 from npllm.backend import Backend
+from npllm.backends.numba_cpu.backend import NumbaBackend
 from npllm.numpy_backend import NumpyBackend
 from npllm.testing.compare import norm, unmodified
 from tests import strategies as our
@@ -19,7 +20,9 @@ from tests.strict import StrictBackend
 
 pytestmark = pytest.mark.usefixtures("checked_shapes")
 
-every_backend = pytest.mark.parametrize("make", [Backend, StrictBackend, NumpyBackend], ids=["canon", "strict", "numpy"])
+every_backend = pytest.mark.parametrize(
+    "make", [Backend, StrictBackend, NumpyBackend, NumbaBackend], ids=lambda each: each.__name__
+)
 either_form = pytest.mark.parametrize("absorbed", [True, False], ids=["absorbed", "expanded"])
 
 

@@ -9,17 +9,31 @@ import pytest
 from npllm import blocks
 from npllm.arrays import Array
 from npllm.backend import Backend
+from npllm.backends.numba_cpu.backend import NumbaBackend
 from npllm.blocks import Router
 from npllm.numpy_backend import NumpyBackend
 from npllm.testing.compare import norm, unmodified
 from npllm.weights import GatedFFN, Linear
 from tests.compare import agree
-from tests.exported import Parameters, both_dtypes, cases_of, config_of, experts_of, gate_of, gated_ffn_of, lookup, mixture
+from tests.exported import (
+    Parameters,
+    both_dtypes,
+    cases_of,
+    config_of,
+    experts_of,
+    gate_of,
+    gated_ffn_of,
+    lookup,
+    mixture,
+    prepared,
+)
 from tests.strict import STRICT, StrictBackend
 
 pytestmark = pytest.mark.usefixtures("checked_shapes")
 
-every_backend = pytest.mark.parametrize("make", [Backend, StrictBackend, NumpyBackend], ids=["canon", "strict", "numpy"])
+every_backend = pytest.mark.parametrize(
+    "make", [Backend, StrictBackend, NumpyBackend, NumbaBackend], ids=lambda each: each.__name__
+)
 
 
 @pytest.fixture(params=[np, STRICT], ids=["numpy", "strict"])
@@ -124,10 +138,11 @@ def dense(index_MC: Array, weight_MC: Array, experts: int) -> Array:
 def test_routers_choose_and_weigh_as_transformers(make: type[Backend], file: str, case: str, dtype: str) -> None:
     given, t, limit = lookup(file, case, dtype)
     be, router = make(dtype), config_of(given).router
+    gate = prepared(be, gate_of(t, ""))
     with unmodified(*t.values()):
-        index_MC, weight_MC = be.route(t["x"], gate_of(t, ""), router)
+        index_MC, weight_MC = be.route(t["x"], gate, router)
     assert index_MC.shape == weight_MC.shape == (len(t["x"]), given["num_experts_per_tok"])
-    agree(be.linear(t["x"], gate_of(t, "").gate), t["logits"], limit)
+    agree(be.linear(t["x"], gate.gate), t["logits"], limit)
     agree(dense(index_MC, weight_MC, t["weights"].shape[1]), t["weights"], limit)
     assert (np.diff(np.sort(index_MC, axis=1), axis=1) > 0).all()
 

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("checked_shapes")
 MODELS = TRUTH / "models"
 OLD_SPELLING = [name for name, case in CASES.items() if case.old_rope_key]
 every_case = pytest.mark.parametrize("name", CASES)
+every_backend = pytest.mark.parametrize("kind", ["canon", "numpy", "numba"])
 
 
 @cache
@@ -34,10 +35,13 @@ def truth(name: str) -> dict[str, Array]:
 
 
 @cache
-def model(name: str, dtype: str = "float32", canon: bool = True) -> npllm.LLM:
-    """The loaded case on the canon itself, or on the backend "numpy", which cuts it into parts."""
+def model(name: str, dtype: str = "float32", kind: str = "canon") -> npllm.LLM:
+    """The loaded case on the canon itself, on the backend "numpy", which cuts it into parts, or on "numba"."""
+    if kind == "numba":
+        pytest.importorskip("numba")
+        return npllm.load(MODELS / name, backend="numba", dtype=dtype)
     llm = npllm.load(MODELS / name, backend="numpy", dtype=dtype)
-    if canon:
+    if kind == "canon":
         llm.backend = Backend(dtype)
     return llm
 
@@ -61,11 +65,11 @@ def test_every_folder_is_a_declared_case() -> None:
     assert sorted(CASES) == sorted(folder.name for folder in MODELS.iterdir())
 
 
-@pytest.mark.parametrize("canon", [True, False], ids=["canon", "numpy"])
+@every_backend
 @every_case
-def test_trace(name: str, canon: bool) -> None:
+def test_trace(name: str, kind: str) -> None:
     want = truth(name)
-    got = trace_of(model(name, canon=canon), want["tokens"])
+    got = trace_of(model(name, kind=kind), want["tokens"])
     for part, value in got.items():
         agree(value, want[part], limit("truth", name), what=f"{name} diverges first in {part}")
 
@@ -86,27 +90,29 @@ def test_float64(name: str) -> None:
 
 
 # In float64 a fault of logic stands out by ten orders of magnitude; float32 is what users run.
-both_dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
+every_arithmetic = pytest.mark.parametrize(
+    ("kind", "dtype"), [("canon", "float32"), ("canon", "float64"), ("numba", "float32")]
+)
 
 
 def reordered(name: str, dtype: str) -> str:
     return limit("reordered", name) if dtype == "float32" else "reordered float64"
 
 
-@both_dtypes
+@every_arithmetic
 @every_case
-def test_cached_decode_is_the_full_forward(name: str, dtype: str) -> None:
-    llm, tokens_T = model(name, dtype), truth(name)["tokens"][0]
+def test_cached_decode_is_the_full_forward(name: str, kind: str, dtype: str) -> None:
+    llm, tokens_T = model(name, dtype, kind), truth(name)["tokens"][0]
     full_TN = llm.forward(tokens_T)[0]
     for cuts, what in ((range(5, len(tokens_T)), "one by one after 5"), ([1, 8, 24], "in pieces of 1, 7, 16 and the rest")):
         agree(in_pieces(llm, tokens_T, cuts), full_TN, reordered(name, dtype), what=f"{name}, {what}")
 
 
-@both_dtypes
+@every_arithmetic
 @every_case
-def test_ragged_batch(name: str, dtype: str) -> None:
+def test_ragged_batch(name: str, kind: str, dtype: str) -> None:
     """Rows of different lengths, out of step with one another, a row that brings nothing, a row that joins late."""
-    llm, (a_T, b_T) = model(name, dtype), truth(name)["tokens"]
+    llm, (a_T, b_T) = model(name, dtype, kind), truth(name)["tokens"]
     cache = llm.new_cache()
     a, b = cache.add(), cache.add()
     got = step(llm, cache, [b, a], [b_T[:11], a_T[:3]])
@@ -126,19 +132,26 @@ def test_logits_of_the_last_token_only(name: str) -> None:
 
 
 @every_case
-def test_greedy_tokens(name: str) -> None:
+def test_what_is_not_traced(name: str) -> None:
+    """Under a trace the canon's bodies run between the kernels; without one, all kernels do."""
+    llm, want = model(name, kind="numba"), truth(name)
+    agree(llm.forward(want["tokens"]), want["logits"], limit("truth", name), what=name)
+
+
+@every_backend
+@every_case
+def test_greedy_tokens(name: str, kind: str) -> None:
     want = truth(name)
     prompt = want["tokens"][0, :9]
-    for canon in (True, False):
-        output = model(name, canon=canon).generate(prompt, max_tokens=24, temperature=0, ignore_eos=True)
-        assert output.tokens == want["greedy"][0].tolist()
+    output = model(name, kind=kind).generate(prompt, max_tokens=24, temperature=0, ignore_eos=True)
+    assert output.tokens == want["greedy"][0].tolist()
 
 
 @pytest.mark.parametrize("name", OLD_SPELLING)
 def test_old_spelling_of_the_config(name: str, tmp_path: Path) -> None:
     shutil.copytree(MODELS / name, tmp_path, dirs_exist_ok=True)
     (tmp_path / "config.old.json").replace(tmp_path / "config.json")
-    old, new = npllm.load(tmp_path, backend="numpy", dtype="float32"), model(name, canon=False)
+    old, new = npllm.load(tmp_path, backend="numpy", dtype="float32"), model(name, kind="numpy")
     assert old.config == new.config
     tokens_BT = truth(name)["tokens"]
     agree(old.forward(tokens_BT), new.forward(tokens_BT), "exact", what=name)

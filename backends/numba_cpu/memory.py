@@ -16,7 +16,7 @@ I64, I32, VOID = ir.IntType(64), ir.IntType(32), ir.VoidType()
 
 
 @intrinsic
-def _pointer(typingctx, address):  # type: ignore[no-untyped-def]
+def _pointer(typingctx, address):
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
 
@@ -24,7 +24,7 @@ def _pointer(typingctx, address):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def word(typingctx, address, index):  # type: ignore[no-untyped-def]
+def word(typingctx, address, index):
     """The 64-bit number `index` words after `address`."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -34,7 +34,7 @@ def word(typingctx, address, index):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def real(typingctx, address, index):  # type: ignore[no-untyped-def]
+def real(typingctx, address, index):
     """The double `index` words after `address`."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -45,7 +45,7 @@ def real(typingctx, address, index):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def load_word(typingctx, address, index):  # type: ignore[no-untyped-def]
+def load_word(typingctx, address, index):
     """A word that another thread writes, and with it all that it wrote before."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -55,7 +55,7 @@ def load_word(typingctx, address, index):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def store_word(typingctx, address, index, value):  # type: ignore[no-untyped-def]
+def store_word(typingctx, address, index, value):
     """Let other threads see `value`, and with it all that was written before."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -66,7 +66,7 @@ def store_word(typingctx, address, index, value):  # type: ignore[no-untyped-def
 
 
 @intrinsic
-def add_word(typingctx, address, index, value):  # type: ignore[no-untyped-def]
+def add_word(typingctx, address, index, value):
     """Add to a shared word -> what it was before."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -76,7 +76,7 @@ def add_word(typingctx, address, index, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def swap_word(typingctx, address, index, value):  # type: ignore[no-untyped-def]
+def swap_word(typingctx, address, index, value):
     """Set a shared word -> what it was before."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -86,7 +86,7 @@ def swap_word(typingctx, address, index, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def pause(typingctx):  # type: ignore[no-untyped-def]
+def pause(typingctx):
     """Tell the core that this is a loop that waits."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -104,7 +104,7 @@ def pause(typingctx):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def call_kernel(typingctx, address, args, team, thread, threads):  # type: ignore[no-untyped-def]
+def call_kernel(typingctx, address, args, team, thread, threads):
     """Call the kernel at `address`."""
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -116,7 +116,7 @@ def call_kernel(typingctx, address, args, team, thread, threads):  # type: ignor
 
 
 @intrinsic
-def call_c(typingctx, address, pointer, flag):  # type: ignore[no-untyped-def]
+def call_c(typingctx, address, pointer, flag):
     """Call the C function at `address` with a pointer and an int; one that takes less ignores them."""
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -134,36 +134,36 @@ def _word(builder: Any, address: Any, index: Any) -> Any:
 
 
 @inline
-def f32(address, *shape):  # type: ignore[no-untyped-def]
+def f32(address, *shape):
     """float32 numbers at an address, as an array of `shape`."""
     return carray(_pointer(address), shape, np.float32)
 
 
 @inline
-def u32(address, *shape):  # type: ignore[no-untyped-def]
+def u32(address, *shape):
     return carray(_pointer(address), shape, np.uint32)
 
 
 @inline
-def u16(address, *shape):  # type: ignore[no-untyped-def]
+def u16(address, *shape):
     return carray(_pointer(address), shape, np.uint16)
 
 
 @inline
-def u8(address, *shape):  # type: ignore[no-untyped-def]
+def u8(address, *shape):
     return carray(_pointer(address), shape, np.uint8)
 
 
 @inline
-def i8(address, *shape):  # type: ignore[no-untyped-def]
+def i8(address, *shape):
     return carray(_pointer(address), shape, np.int8)
 
 
 @inline
-def i32(address, *shape):  # type: ignore[no-untyped-def]
+def i32(address, *shape):
     return carray(_pointer(address), shape, np.int32)
 
 
 @inline
-def i64(address, *shape):  # type: ignore[no-untyped-def]
+def i64(address, *shape):
     return carray(_pointer(address), shape, np.int64)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from npllm.backends.numba_cpu.jit import inline
+from npllm.backends.numba_cpu.jit import PATH, inline
 from npllm.backends.numba_cpu.memory import f32, real, u16, word
-from npllm.backends.numba_cpu.vectors import bits_of, from_bits
+from npllm.backends.numba_cpu.vectors import bits_of, from_bits, narrow
 
 # Words of a source: where the rows lie and how many bytes apart, how many there are, their width; the norm, its gain and
 # shift (or 0); and, as doubles, eps and the offset.
@@ -18,9 +18,11 @@ ROWS_AT, ROW_STEP, COUNT, WIDTH, NORM, GAIN, SHIFT, EPS, OFFSET, SOURCE_WORDS = 
 FORM = "7q2d"
 NONE, RMS, LAYER = range(3)
 
+PAIRS = PATH.bf16
+
 
 @inline
-def read_row(source, m, out):  # type: ignore[no-untyped-def]
+def read_row(source, m, out):
     """Row m of a source, normed, into the float32 numbers at `out`."""
     width, norm = word(source, WIDTH), word(source, NORM)
     x, y = f32(word(source, ROWS_AT) + m * word(source, ROW_STEP), width), f32(out, width)
@@ -34,7 +36,7 @@ def read_row(source, m, out):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _rms(x, gain_at, eps, offset, y):  # type: ignore[no-untyped-def]
+def _rms(x, gain_at, eps, offset, y):
     total = 0.0
     for k in range(x.size):
         total += np.float64(x[k]) * np.float64(x[k])
@@ -49,7 +51,7 @@ def _rms(x, gain_at, eps, offset, y):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _layer(x, gain, shift, eps, y):  # type: ignore[no-untyped-def]
+def _layer(x, gain, shift, eps, y):
     mean = 0.0
     for k in range(x.size):
         mean += np.float64(x[k])
@@ -63,7 +65,7 @@ def _layer(x, gain, shift, eps, y):  # type: ignore[no-untyped-def]
 
 
 @inline
-def bf16(x):  # type: ignore[no-untyped-def]
+def bf16(x):
     """The bits of a float32 rounded to bf16 (ties to even; NaN stays NaN), in the lower half."""
     bits = bits_of(x)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
@@ -71,15 +73,19 @@ def bf16(x):  # type: ignore[no-untyped-def]
 
 
 @inline
-def rounded(x):  # type: ignore[no-untyped-def]
+def rounded(x):
     """A float32 rounded to bf16."""
     return from_bits(bf16(x) << np.uint32(16))
 
 
 @inline
-def round_row(x_at, width, out):  # type: ignore[no-untyped-def]
-    """float32 numbers as bf16; an odd row is filled up with a zero."""
-    x, y = f32(x_at, width), u16(out, width + 1)
-    for k in range(width):
-        y[k] = np.uint16(bf16(x[k]))
+def round_row(x_at, width, out):
+    """float32 numbers as bf16, in their own place as well; an odd row is filled up with a zero."""
+    y = u16(out, width + 1)
+    if PAIRS:
+        narrow(x_at, out, width)
+    else:
+        x = f32(x_at, width)
+        for k in range(width):
+            y[k] = np.uint16(bf16(x[k]))
     y[width] = np.uint16(0)

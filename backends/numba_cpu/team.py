@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import functools
+import logging
 import os
 import sys
 import threading
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from npllm.arrays import Array, DTypeLike
+from npllm.backend import log_once
 from npllm.backends.numba_cpu.jit import inline, native
 from npllm.backends.numba_cpu.memory import (
     add_word,
@@ -35,10 +37,14 @@ from npllm.machine import cores
 
 # Words of a team's state, each on a cache line of its own: the barrier's round and how many have come to it; the next chunk;
 # the job (its number times MOST, plus its threads), its tape and length. Then what does not change: the functions that
-# yield, take and release a lock, and the memory of the threads. Then, per thread, whether it sleeps, and its lock.
+# yield, take and release a lock, and the memory of the threads. Then, per thread, whether it sleeps, its lock, and whether
+# a thread has taken this place.
 ROUND, ARRIVED, CHUNK, JOB, TAPE, LENGTH, YIELD, TAKE, RELEASE, SCRATCH, SLEEPERS = (8 * i for i in range(11))
 MOST = 1024
 STOP = -1
+
+# Seconds that the interpreter's end waits for a job that another thread has under way.
+LAST_JOB = 10
 
 # Bytes of memory that each thread has to itself.
 SCRATCH_BYTES = 4 << 20
@@ -49,7 +55,7 @@ SPINS = 6000
 
 
 @inline
-def barrier(team, threads):  # type: ignore[no-untyped-def]
+def barrier(team, threads):
     """Wait until all threads are here; the chunks then begin at 0 again."""
     turn = load_word(team, ROUND)
     if add_word(team, ARRIVED, 1) == threads - 1:
@@ -67,26 +73,26 @@ def barrier(team, threads):  # type: ignore[no-untyped-def]
 
 
 @inline
-def next_chunk(team):  # type: ignore[no-untyped-def]
+def next_chunk(team):
     """The number of the next chunk of work that nobody has taken."""
     return add_word(team, CHUNK, 1)
 
 
 @inline
-def scratch(team, thread):  # type: ignore[no-untyped-def]
+def scratch(team, thread):
     """The address of SCRATCH_BYTES that only this thread uses; 64-byte aligned."""
     return word(team, SCRATCH) + thread * SCRATCH_BYTES
 
 
 @inline
-def _run(team, tape, length, thread, threads):  # type: ignore[no-untyped-def]
+def _run(team, tape, length, thread, threads):
     for i in range(length):
         call_kernel(word(tape, 2 * i), tape + word(tape, 2 * i + 1), team, thread, threads)
         barrier(team, threads)
 
 
 @native(4)
-def _lead(team, tape, length, threads):  # type: ignore[no-untyped-def]
+def _lead(team, tape, length, threads):
     """Run a tape with the threads 1, 2, ... of the team."""
     if threads > 1:
         store_word(team, TAPE, tape)
@@ -100,14 +106,16 @@ def _lead(team, tape, length, threads):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _wake(team, thread):  # type: ignore[no-untyped-def]
+def _wake(team, thread):
     if swap_word(team, SLEEPERS + 8 * thread, 0) == 1:
         call_c(word(team, RELEASE), word(team, SLEEPERS + 8 * thread + 1), 0)
 
 
 @native(2)
-def _serve(team, thread):  # type: ignore[no-untyped-def]
-    """The life of a thread: run the jobs that it takes part in."""
+def _serve(team, thread):
+    """The life of a thread: run the jobs that it takes part in. Of two with the same number, the second ends at once."""
+    if swap_word(team, SLEEPERS + 8 * thread + 2, 1) == 1:
+        return 0
     seen = 0
     while True:
         job = _next_job(team, thread, seen)
@@ -119,7 +127,7 @@ def _serve(team, thread):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _next_job(team, thread, seen):  # type: ignore[no-untyped-def]
+def _next_job(team, thread, seen):
     while True:
         for _ in range(SPINS):
             job = load_word(team, JOB)
@@ -133,7 +141,7 @@ def _next_job(team, thread, seen):  # type: ignore[no-untyped-def]
 
 
 @native(2)
-def _stop(team, threads):  # type: ignore[no-untyped-def]
+def _stop(team, threads):
     swap_word(team, JOB, STOP)
     for other in range(1, threads):
         _wake(team, other)
@@ -144,8 +152,10 @@ class Team:
     """All threads that this process computes with; they start when they are first needed."""
 
     def __init__(self) -> None:
-        self.lock, self.size = threading.Lock(), cores()
+        # A signal's handler may compute while the thread that it interrupts is between two jobs.
+        self.lock, self.size, self.process = threading.RLock(), cores(), os.getpid()
         self._threads: list[threading.Thread] = []
+        self._ended = False
         self._state = aligned(SLEEPERS + 8 * self.size, np.int64)
         self._state[:] = 0
         self._scratch = aligned(self.size * SCRATCH_BYTES, np.uint8)
@@ -162,25 +172,41 @@ class Team:
 
     def run(self, tape: int, length: int, threads: int) -> None:
         """Run the `length` entries of the tape at an address, with so many threads, this one among them."""
+        if self._ended and threading.current_thread() is not threading.main_thread():
+            threading.Event().wait()  # a daemon, when the interpreter ends: it must not keep the lock from `stop`
         with self.lock:
-            while len(self._threads) < threads - 1:
-                self._start(len(self._threads) + 1)
+            if len(self._threads) < threads - 1:
+                threads = self._grown(threads)
             self._lead(self.address, tape, length, threads)
 
     @functools.cached_property
     def _lead(self) -> Any:
         return _lead()
 
-    def _start(self, thread: int) -> None:
+    def _grown(self, threads: int) -> int:
+        """Start what is missing of so many threads -> how many there are, where the system gives no more."""
+        if self._ended:
+            return 1
         serve = _serve()
-        worker = threading.Thread(target=serve, args=(self.address, thread), name=f"npllm-{thread}", daemon=True)
-        self._threads.append(worker)
-        worker.start()
+        for thread in range(len(self._threads) + 1, threads):
+            worker = threading.Thread(target=serve, args=(self.address, thread), name=f"npllm-{thread}", daemon=True)
+            try:
+                worker.start()
+            except RuntimeError as error:
+                log_once(f"{thread} threads in place of {threads}: {error}", logging.WARNING)
+                return thread
+            # An interrupt before this line leaves a thread that nobody knows of; its successor of the same number ends.
+            self._threads.append(worker)
+        return threads
 
     def stop(self) -> None:
-        """End the threads: they must not run compiled code that the interpreter takes down."""
-        if self._threads:
-            _stop()(self.address, len(self._threads) + 1)
+        """End the threads, for good: they must not run compiled code that the interpreter takes down.
+
+        In the child of a fork there are none. A job of another thread's that does not end is left to the system.
+        """
+        self._ended = self.process == os.getpid()
+        if self._threads and self._ended and self.lock.acquire(timeout=LAST_JOB):
+            _stop()(self.address, self.size)
             for thread in self._threads:
                 thread.join()
             self._threads = []
@@ -195,7 +221,10 @@ def aligned(length: int, dtype: DTypeLike) -> Array:
 
 
 def _yield_function() -> Any:
-    return ctypes.WinDLL("kernel32").SwitchToThread if sys.platform == "win32" else ctypes.CDLL(None).sched_yield
+    """What lets another thread of the system run; neither takes an argument, nor minds one."""
+    if sys.platform == "win32":
+        return ctypes.WinDLL("kernel32").SwitchToThread
+    return ctypes.CDLL(None).sched_yield
 
 
 @functools.cache

@@ -45,7 +45,7 @@ def temperature(xp: Namespace, position_M: Array, span: int, strength: float, dt
     Softmax over ever more keys flattens; this sharpens it again (Nakanishi 2025, arXiv 2501.19399). Positions
     are integers, `dtype` is float32 or float64.
     """
-    return 1.0 + strength * xp.log1p(xp.asarray(position_M // span, dtype=dtype))
+    return 1.0 + strength * xp.log1p((position_M // span).astype(dtype))
 
 
 def soft_cap(xp: Namespace, x: Array, cap: float | None) -> Array:

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 
 from npllm import __version__
-from npllm.cli import bench, chat, convert, diff, doctor, generate, output, score, slice, verify
+from npllm.cli import bench, chat, convert, diff, doctor, generate, output, quantize, score, slice, verify, warmup
 from npllm.cli.options import Parser, UsageError, add_general
 from npllm.errors import NpllmError
 
@@ -26,16 +26,16 @@ VERBS = {
     "bench": bench,
     "convert": convert,
     "slice": slice,
+    "quantize": quantize,
     "verify": verify,
     "diff": diff,
+    "warmup": warmup,
     "doctor": doctor,
 }
 
 EXAMPLES = """\
 examples:
   npllm generate "How many experts does DeepSeek V3 activate per token?"
-  npllm chat --model Qwen/Qwen3-0.6B
-  npllm generate --help
 """
 
 

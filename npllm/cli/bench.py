@@ -7,7 +7,8 @@ table goes to stdout as markdown or csv, or with `--json` one document:
     schema           "npllm.bench/1"
     model            str: folder, hub id or shape; "npllm-shipped" for the default
     backend          str: its name
-    dtype            str: the arithmetic, such as "float32"
+    chosen           str: why this backend
+    dtype            str: the arithmetic, such as "float32"; "stored" goes by the weights' format (npllm doctor)
     kv_dtype         str: how keys and values were cached
     parameters       int
     threads          int: of the backend and of BLAS
@@ -59,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     llm = _random(args) if args.shape is not None else options.load_model(args)
     about = describe(llm) | {"load_seconds": round(time.perf_counter() - start, 3)}
+    if args.format == "markdown":
+        del about["chosen"]  # too long for a column
     results = bench.measure(llm, args.prompt_tokens, args.new_tokens, args.repetitions, _progress)
     output.write(bench.render(results, args.format, about) + "\n")
     return 0

@@ -8,11 +8,24 @@ With `--json`, one document:
     cpu              {name: str, cores: int (that this process may use), features: [str] (those that NumPy found)}
     memory           {total_bytes: int or null, available_bytes: int or null}
     blas             [{library: str, version: str or null, threads: int, path: str}]; thread pools that are loaded
-    backends         {name: {loads: bool, dtype: str or null (its default), reason: str or null (why it does not load)}}
+    backends         {name: {loads: bool, dtype: str or null (its default), reason: str or null (why it does not load),
+                     facts: {what it says of itself; empty where that is nothing}}}
+    auto             {small: str, large: str}; the backends that "auto" takes for small and for large models
     models           {shipped: bool (the model of the wheel is there), folder: str}
     cache            {hub: str or null (folder of downloaded models), exists: bool, writable: bool (it or, until it
                      exists, where it would be), free_bytes: int or null}
     environment      {variable: str or null}: those that change what npllm does; "set" in place of a secret
+Facts of the backend "numba":
+
+  path, paths         str: the instructions that kernels are compiled for; [str]: those that this CPU runs
+  vector_bits         int
+  bf16_instructions   bool: dot products of bf16
+  int8_instructions   str or null: what multiplies bytes (npllm.backends.numba_cpu.features)
+  threads             int
+  dtypes              [str]: arithmetic that can be asked for; "stored" goes by the format of each matrix
+  quantizations       [str]
+  arithmetic          {format: str}; what dtype "stored" computes products of few tokens in, by the weights' format
+  kernels             {folder: str or null, bytes: int, compiled: int (kept there), all: int (that there are)}
 """
 
 from __future__ import annotations
@@ -47,7 +60,8 @@ PACKAGES = (
 
 VARIABLES = (
     "HF_HOME HF_HUB_CACHE HF_ENDPOINT HF_HUB_OFFLINE HF_TOKEN HF_TOKEN_PATH HTTP_PROXY HTTPS_PROXY NO_PROXY OMP_NUM_THREADS "
-    "OPENBLAS_NUM_THREADS MKL_NUM_THREADS NUMBA_NUM_THREADS NUMBA_CACHE_DIR CUDA_PATH CUDA_VISIBLE_DEVICES NO_COLOR"
+    "OPENBLAS_NUM_THREADS MKL_NUM_THREADS NUMBA_NUM_THREADS NPLLM_CACHE NPLLM_CPU_FEATURES XDG_CACHE_HOME CUDA_PATH "
+    "CUDA_VISIBLE_DEVICES NO_COLOR"
 ).split()
 
 # Their values are, or may hold, secrets.
@@ -77,6 +91,7 @@ def examine() -> dict[str, Any]:
         "memory": memory(),
         "blas": blas(),
         "backends": backends(),
+        "auto": auto(),
         "models": models(),
         "cache": cache(),
         "environment": {name: _shown(name) for name in VARIABLES},
@@ -136,10 +151,18 @@ def blas() -> list[dict[str, Any]]:
 def backends() -> dict[str, dict[str, Any]]:
     from npllm.registry import available_backends, get_backend
 
-    return {
-        name: {"loads": not reason, "dtype": None if reason else get_backend(name).dtype, "reason": reason or None}
-        for name, reason in available_backends().items()
-    }
+    found = {}
+    for name, reason in available_backends().items():
+        be = None if reason else get_backend(name)
+        facts = be.facts() if be else {}
+        found[name] = {"loads": not reason, "dtype": be and be.dtype, "reason": reason or None, "facts": facts}
+    return found
+
+
+def auto() -> dict[str, str]:
+    from npllm.registry import get_backend
+
+    return {"small": get_backend(parameters=0).name, "large": get_backend().name}
 
 
 def models() -> dict[str, Any]:
@@ -204,11 +227,26 @@ def report(found: dict[str, Any]) -> str:
             f"{name}: {'loads, computes in ' + b['dtype'] if b['loads'] else b['reason']}"
             for name, b in found["backends"].items()
         ],
+        **{
+            name: [f"{key}: {_said(value)}" for key, value in b["facts"].items()]
+            for name, b in found["backends"].items()
+            if b["facts"]
+        },
+        "auto": [f"takes {found['auto']['small']} for small models, {found['auto']['large']} for large ones"],
         "models": [f"shipped model {'present' if found['models']['shipped'] else 'missing'}: {found['models']['folder']}"],
         "cache": [f"{found['cache']['hub']}, {size(found['cache']['free_bytes'])} free on its disk{writable}"],
         "environment": [f"{name}={value}" for name, value in found["environment"].items() if value is not None],
     }
     return "".join(f"{title:<12}{line}\n" for name, lines in sections.items() for title, line in _labelled(name, lines))
+
+
+def _said(value: Any) -> str:
+    """A fact as text."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_said(each)}" for key, each in value.items())
+    if isinstance(value, list):
+        return " ".join(map(_said, value)) or "none"
+    return "none" if value is None else ("no", "yes")[value] if isinstance(value, bool) else str(value)
 
 
 def _labelled(name: str, lines: list[str]) -> list[tuple[str, str]]:

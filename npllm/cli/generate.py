@@ -6,7 +6,8 @@ text itself. The answer streams to stdout. With `--json`, one document comes at 
     schema           "npllm.generate/1"
     model            str: folder or hub id as given, "npllm-shipped" for the default
     backend          str: its name
-    dtype            str: the arithmetic, such as "float32"
+    chosen           str: why this backend
+    dtype            str: the arithmetic, such as "float32"; "stored" goes by the weights' format (npllm doctor)
     kv_dtype         str: how keys and values were cached
     text             str: the answer, without stop strings and special tokens; reasoning included
     tokens           [int]: its token ids, a final stop id included

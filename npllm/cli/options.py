@@ -57,10 +57,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("-m", "--model", help="folder or hub id (default: the small model that ships with npllm)")
     group.add_argument("--revision", help="branch, tag or commit on the hub")
-    group.add_argument("--backend", default="auto", help="numpy, another that is installed, or auto (default)")
-    group.add_argument("--dtype", help="arithmetic: float32, float64 (default: the backend's choice)")
+    group.add_argument("--backend", default="auto", help="numpy, numba, another that is installed, or auto (default)")
+    group.add_argument("--dtype", help="arithmetic: float32, float64, bfloat16 or stored (default: the backend's choice)")
     group.add_argument("--kv-dtype", help="cached keys and values: float32, float64, bfloat16")
-    group.add_argument("--quantize", help="weights in fewer bits, where the backend can")
+    group.add_argument("--quantize", help="weights in fewer bits: q8 or q4, where the backend can")
     group.add_argument("--weights", default="auto", choices=("auto", "memory", "disk"), help="where they are kept")
     group.add_argument("--threads", type=int, metavar="N", help="of the backend and of BLAS")
     group.add_argument("--max-context", type=int, metavar="N", help="at most so many tokens (default: as trained)")
@@ -192,9 +192,10 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def about(llm: LLM) -> dict[str, Any]:
-    """The fields that say what ran: model, backend, dtype (arithmetic), kv_dtype; all str."""
-    kv_dtype = llm.kv_dtype or llm.backend.array_dtype
-    return {"model": llm.name, "backend": llm.backend.name, "dtype": llm.backend.dtype, "kv_dtype": kv_dtype}
+    """The fields that say what ran: model, backend, chosen (why that), dtype (arithmetic), kv_dtype; all str."""
+    be = llm.backend
+    kv_dtype = llm.kv_dtype or be.array_dtype
+    return {"model": llm.name, "backend": be.name, "chosen": be.why, "dtype": be.dtype, "kv_dtype": kv_dtype}
 
 
 def token_text(llm: LLM, token: int) -> str:

@@ -5,7 +5,8 @@ The text is read as it is, without a chat template. A table goes to stdout, or w
     schema           "npllm.score/1"
     model            str: folder or hub id as given, "npllm-shipped" for the default
     backend          str: its name
-    dtype            str: the arithmetic, such as "float32"
+    chosen           str: why this backend
+    dtype            str: the arithmetic, such as "float32"; "stored" goes by the weights' format (npllm doctor)
     kv_dtype         str: how keys and values were cached
     tokens           [{token: int, text: str, logprob: float (nats) or null}]: every token of the text with its
                      log-probability after all before it; the first has none

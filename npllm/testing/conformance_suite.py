@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from npllm.registry import get_backend
-from npllm.testing.conformance import arithmetic_of, conformity, trials
+from npllm.testing.conformance import conformity, trials
 from npllm.testing.isolate import Trial
 from npllm.testing.plugin import DECLINED, passed
 
@@ -26,8 +26,7 @@ class Checked(NamedTuple):
     trial: Trial
 
     def __str__(self) -> str:
-        rounding = self.trial.rounding
-        return f"{self.backend}-{self.trial.case}-{rounding.inputs}-{arithmetic_of(rounding)}"
+        return f"{self.backend}-{self.trial.case}-{self.trial.rounding.inputs}-{self.trial.dtype}"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -41,6 +41,17 @@ def exact(x: Array) -> Estimate:
     return Estimate(x, np.zeros_like(x), np.zeros_like(x))
 
 
+def factor(x: Array, to: Format) -> Estimate:
+    """An input that is multiplied in the format `to`, to which it was rounded to nearest.
+
+    Inputs are known, and so is what rounding does: nothing to what the format holds. Of the others the larger counts of
+    that and of an error uniform over a spacing.
+    """
+    moved = to.round(x) - x
+    half = np.where(moved != 0.0, 0.5 * to.spacing(x), 0.0)
+    return Estimate(x, np.maximum(half**2 / 3.0, moved**2), half)
+
+
 def rounded(x: Estimate, to: Format) -> Estimate:
     """`x` rounded to a format once. Half a spacing is taken where the value may have moved to by its earlier errors."""
     half = 0.5 * to.spacing(np.abs(x.value) + x.bound)

@@ -38,12 +38,16 @@ FRAME = re.compile(r'  File "(.+)", line (\d+) in (\S+)')
 
 
 class Trial(NamedTuple):
-    """One thing to check: a case of an operation by its id, with which rounding points, drawn from which seed."""
+    """One thing to check: a case of an operation by its id, with which rounding points, drawn from which seed.
+
+    dtype   of a backend: the arithmetic that it is made with.
+    """
 
     operation: str
     case: str
     rounding: Rounding
     seed: int = 0
+    dtype: str = ""
 
     def report(self, problem: str, message: str) -> Report:
         """The report of a trial that ended without one."""

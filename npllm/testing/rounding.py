@@ -92,6 +92,8 @@ class Rounding:
     """The declared rounding points of a kernel, each a format's name (bf16, f16, f32, f64).
 
     inputs      type of the arrays that the kernel is given.
+    factors     what it rounds inputs to, to nearest, before it multiplies them with one another: activations and weights,
+                queries, keys and values; None: as `inputs`. Gains, biases, residuals and a router's weights are no factors.
     accumulate  type in which sums are kept and elementwise arithmetic is done; None: f32 (f64 for f64 inputs).
     output      type of what it returns; None: that of the inputs.
     scores      attention scores, after scale and soft cap; None: as `accumulate`. Where they are coarser than that, each
@@ -124,13 +126,14 @@ class Rounding:
     weights: str | None = None
     activations: str | None = None
     partial: str | None = None
+    factors: str | None = None
 
     def __post_init__(self) -> None:
         inputs = format_of(self.inputs).name
         filled = {"accumulate": "f64" if inputs == "f64" else "f32", "output": inputs, "probs": inputs, "hidden": inputs}
         accumulate = format_of(self.accumulate or filled["accumulate"]).name
         filled |= {"inputs": inputs, "scores": accumulate, "normed": accumulate, "angles": accumulate}
-        filled |= {"features": accumulate, "weights": accumulate, "partial": accumulate}
+        filled |= {"features": accumulate, "weights": accumulate, "partial": accumulate, "factors": inputs}
         if self.activations not in (None, "int8", "fp8"):
             raise ArgumentError(f"activations {self.activations!r} are unknown; known: int8, fp8, None")
         for each in fields(self):

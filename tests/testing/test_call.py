@@ -158,7 +158,7 @@ def test_memory_that_a_kernel_allocates_is_not_the_truth() -> None:
 
     report = check("rms_norm", partly, CASE, "bf16")
     assert report.problem in ("non-finite", "bound")
-    assert "256 of 32,768 elements" in report.message or "where: only feature 127" in report.message
+    assert "feature 127" in report.message
 
 
 def test_a_kernel_cannot_find_its_last_answer_in_memory() -> None:

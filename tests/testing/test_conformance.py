@@ -7,9 +7,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from npllm import numpy_backend
+from npllm.arrays import Array
 from npllm.backend import Backend, log_once
 from npllm.errors import ArgumentError, BackendError
 from npllm.numpy_backend import NumpyBackend
@@ -17,6 +19,7 @@ from npllm.registry import available_backends
 from npllm.testing.conformance import MODEL, MODEL_CASES, Conformity, conformance, trials
 from npllm.testing.operation import operations
 from npllm.testing.report import Suite
+from tests.coarse import Coarse
 from tests.strict import StrictBackend
 from tests.testing import mine
 from tests.testing.mine import Capless, LastOfTies, Mine, Unscaled, WideWindow
@@ -164,6 +167,40 @@ def test_a_model_that_raises_is_reported() -> None:
     assert "no step today" in str(suite)
 
 
+# -- coarse arithmetic, declared ----------------------------------------------------------------------------------------
+
+
+def test_bfloat16_products_conform_where_they_are_declared() -> None:
+    """Of inputs that they round, and of those that they do not."""
+    conformance(Coarse, storages=["f32"]).raise_on_failure()
+    conformance(Coarse, ["linear", "attention"], storages=["bf16"]).raise_on_failure()
+
+
+class Undeclared(Coarse):
+    def rounding(self, operation: str, storage: str) -> dict[str, str]:
+        return {}
+
+
+class Cut(Coarse):
+    """Bits are cut off, not rounded."""
+
+    @staticmethod
+    def halved(x: Array) -> Array:
+        return (x.astype(np.float32).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+@pytest.mark.parametrize("wrong", [Undeclared, Cut])
+def test_what_is_coarser_than_declared_is_found(wrong: type[Backend]) -> None:
+    """In nearly all cases of products; a single feature or a row of ones may be exact."""
+    suite = conformance(wrong, ["linear"], storages=["f32"], tags=["prefill"])
+    assert len(suite.failures) > 0.8 * len(suite.reports)
+
+
+@pytest.mark.parametrize("op", ["gated_ffn", "moe", "attention", "latent_attention"])
+def test_what_is_coarser_than_declared_is_found_in_every_operation(op: str) -> None:
+    assert conformance(Cut, [op], storages=["f32"]).failures
+
+
 # -- what cannot be checked ---------------------------------------------------------------------------------------------
 
 
@@ -176,12 +213,3 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
         conformance(Backend, ["attention"], tags=["sofcap"])
     with pytest.raises(BackendError, match="computes in float32 or float64, not in float16"):
         conformance(Backend, ["embed"], dtypes=["float16"])
-
-
-def test_arithmetic_without_a_budget_is_left_out_and_refused_by_name() -> None:
-    class Narrow(Backend):
-        dtypes = ("float32", "bfloat16")
-
-    assert {trial.rounding.accumulate for trial in trials(Narrow, ["embed"])} == {"f32"}
-    with pytest.raises(BackendError, match="no budget is known for arithmetic in bfloat16"):
-        trials(Narrow, ["embed"], dtypes=["bfloat16"])

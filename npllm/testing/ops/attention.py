@@ -17,9 +17,9 @@ from npllm.arrays import Array
 from npllm.backend import Backend
 from npllm.blocks.masks import Mask
 from npllm.cache import Keys, Rows
-from npllm.testing.estimate import Estimate, applied, exact, growth, product, rounded, summation
+from npllm.testing.estimate import Estimate, applied, exact, factor, growth, product, rounded, summation
 from npllm.testing.operation import Arrays, Operation, Settings
-from npllm.testing.ops import feed
+from npllm.testing.ops import factors, feed
 from npllm.testing.ops.attention_cases import CASES
 from npllm.testing.ops.attention_mistakes import MISTAKES
 from npllm.testing.rounding import FORMATS, Format, Rounding
@@ -92,6 +92,7 @@ def run_attention(be: Backend, inputs: Arrays, settings: Settings) -> tuple[Arra
     return (o_MHV.reshape(*q.shape[:-1], v.shape[-1]),)
 
 
+@factors.known("q", "k", "v")
 def estimate_attention(inputs: Arrays, settings: Settings, rounding: Rounding, got: Arrays | None) -> tuple[Estimate, ...]:
     """The budget, row by row: see `row_estimate`."""
     q_MHK, k_NGK, v_NGV = (packed(inputs[name]) for name in "qkv")
@@ -116,17 +117,19 @@ def row_estimate(
     (T, H, K), (_, G, V) = q_THK.shape, v_SGV.shape
     q_GRTK, k_G1KS = q_THK.reshape(T, G, H // G, K).transpose(1, 2, 0, 3), k_SGK.transpose(1, 2, 0)[:, None]
     v_G1SV, allowed_GRTS = v_SGV.transpose(1, 0, 2)[:, None], np.broadcast_to(allowed_TS, (G, H // G, *allowed_TS.shape))
-    scores_GRTS = scores(exact(q_GRTK), exact(k_G1KS), settings["scale"], settings.get("softcap"), rounding)
+    query, key, value = (factor(x, rounding.format("factors")) for x in (q_GRTK, k_G1KS, v_G1SV))
+    scores_GRTS = scores(query, key, settings["scale"], settings.get("softcap"), rounding)
     if sinks_H is not None:
         # A sink is a key with an exact score and a value of 0, which everybody sees.
         sink_GRT1 = np.broadcast_to(sinks_H.reshape(G, H // G, 1, 1), (G, H // G, T, 1))
         pairs = zip(scores_GRTS, exact(sink_GRT1), strict=True)
         scores_GRTS = Estimate(*(np.concatenate([x, sink], axis=-1) for x, sink in pairs))
-        v_G1SV = np.concatenate([v_G1SV, np.zeros((G, 1, 1, V))], axis=2)
+        value = value.map(lambda x: np.concatenate([x, np.zeros((G, 1, 1, V))], axis=2))
         allowed_GRTS = np.concatenate([allowed_GRTS, np.ones((G, H // G, T, 1), bool)], axis=-1)
         if rounding.format("scores").bits < rounding.format("accumulate").bits:
             scores_GRTS = taken_off(scores_GRTS, allowed_GRTS, rounding.format("scores"))
-    o_GRTV = weighed(scores_GRTS, v_G1SV, allowed_GRTS, rounding.format("accumulate"), rounding.format("probs"))
+    at, probs, keys = rounding.format("accumulate"), rounding.format("probs"), len(k_SGK)
+    o_GRTV = weighed(scores_GRTS, value, allowed_GRTS, at, probs, keys)
     o_THV = rounded(o_GRTV, rounding.format("output")).map(lambda x: x.transpose(2, 0, 1, 3).reshape(T, H, V))
     visible_T11 = np.any(allowed_TS, axis=1, keepdims=True)[..., None]
     return o_THV.map(lambda x: np.where(visible_T11, x, 0.0))
@@ -181,16 +184,18 @@ def taken_off(s: Estimate, allowed: Array, to: Format) -> Estimate:
     return Estimate(s.value, s.variance + COMMON * step**2 / 12.0, s.bound + 0.5 * step + to.unit * s.bound)
 
 
-def weighed(s: Estimate, v: Array, allowed: Array, at: Format, probs: Format) -> Estimate:
-    """`softmax(s) v` over the last axis of s, where `allowed`; not rounded to the output's format yet.
+def weighed(s: Estimate, value: Estimate, allowed: Array, at: Format, probs: Format, keys: int) -> Estimate:
+    """`softmax(s) v` over the last axis of s, where `allowed`; not rounded to the output's format yet. The first `keys`
+    scores are those of keys, another is a sink's.
 
     With p the true probabilities and o = p v, to first order a correct kernel's error is a sum of
       p_j d_j (v_j - o)   d_j the error of score j, and of its exponential: normalising takes away what the row shares;
+      p_j e_j             e_j the error of value j;
       r_j v_j             r_j the rounding of p_j to `probs`; few kernels normalise by the rounded ones;
       a plain loop's summation error of p v, and o times that of the sum of p, with the rescaling of online softmax.
     The bound holds beyond first order: exp(d) - 1 for d, probabilities as large as the errors of scores can make them.
     """
-    s = s.map(lambda x: np.where(allowed, x, 0.0))
+    s, v = s.map(lambda x: np.where(allowed, x, 0.0)), value.value
     shifted, S = np.where(allowed, s.value, -np.inf), allowed.shape[-1]
     top = np.max(shifted, axis=-1, keepdims=True, initial=-np.inf)
     top = np.where(np.isfinite(top), top, 0.0)
@@ -207,13 +212,16 @@ def weighed(s: Estimate, v: Array, allowed: Array, at: Format, probs: Format) ->
 
     # The exponential's error per error of its argument, which is p as long as errors are small.
     steep = np.minimum(far / np.maximum(limit, at.unit), 1.0)
-    variance = around(steep**2 * (s.variance + own**2 / 3.0), v, out) + rounding_of(p, v, out, probs)
+    variance = (
+        around(steep**2 * (s.variance + own**2 / 3.0), v, out) + rounding_of(p, v, out, probs, keys) + p**2 @ value.variance
+    )
     # A tile of an online softmax multiplies the sums once more, hence more terms than keys.
     variance += summation(out, p**2 @ v**2, plain, at) + out**2 * summation(np.ones(1), squares, plain, at)
 
-    sizes = (more * p * np.exp(limit)) @ np.abs(v)
+    sizes = (more * p * np.exp(limit)) @ (np.abs(v) + value.bound)
     # By Cauchy and Schwarz, sum far |v - o| <= sqrt(sum far) sqrt(sum far (v - o)^2).
     bound = np.sqrt(np.sum(far, axis=-1, keepdims=True) * around(far, v, out))
+    bound += (more * p * np.exp(limit)) @ value.bound
     bound += probs.unit * sizes + 0.5 * probs.spacing(np.zeros(1)) * (allowed @ np.abs(v))
     return Estimate(out, variance, bound + growth(5 * S + 16, at) * (sizes + bound))
 
@@ -224,20 +232,27 @@ def around(weights: Array, v: Array, out: Array) -> Array:
     return np.maximum(weights @ v**2 - 2.0 * out * (weights @ v) + out**2 * total, 0.0)
 
 
-def rounding_of(p: Array, v: Array, out: Array, probs: Format) -> Array:
+def rounding_of(p: Array, v: Array, out: Array, probs: Format, keys: int) -> Array:
     """The variance of `sum r v = sum r (v - o) + o sum r` where r is what rounding does to each probability.
 
-    The larger is taken of what it does to those that are normalised (eager) and to those relative to the row's largest
-    (flash). Roundings of different numbers are independent; those of equal ones are equal, so the sum is taken as it is
-    where it is larger than that of independent ones.
+    The largest is taken of what it does to those that are normalised (eager), and to those relative to the row's largest,
+    or to the largest of a key where a sink comes in at the end (flash). Roundings of different numbers are independent;
+    those of equal ones are equal, so the sum is taken as it is where it is larger than that of independent ones.
     """
-    top = np.max(p, axis=-1, keepdims=True, initial=0.0)
+    kinds = [probs.round(p) - p, relative_rounding(p, p, probs)]
+    if keys < p.shape[-1]:
+        kinds.append(relative_rounding(p * (np.arange(p.shape[-1]) < keys), p[..., :keys], probs))
+    apart = [around(r**2, v, out) for r in kinds]
+    sums = [np.sum(r, axis=-1, keepdims=True) ** 2 for r in kinds]
+    squares = [COMMON * np.sum(r**2, axis=-1, keepdims=True) for r in kinds]
+    return np.maximum.reduce(apart) + out**2 * np.maximum.reduce(sums + squares)
+
+
+def relative_rounding(p: Array, among: Array, probs: Format) -> Array:
+    """What rounding does to `p` as multiples of the largest number of a row of `among`."""
+    top = np.max(among, axis=-1, keepdims=True, initial=0.0)
     relative = p / np.where(top > 0.0, top, 1.0)
-    both = probs.round(p) - p, top * (probs.round(relative) - relative)
-    apart = [around(r**2, v, out) for r in both]
-    sums = [np.sum(r, axis=-1, keepdims=True) ** 2 for r in both]
-    squares = [COMMON * np.sum(r**2, axis=-1, keepdims=True) for r in both]
-    return np.maximum(*apart) + out**2 * np.maximum(np.maximum(*sums), np.maximum(*squares))
+    return top * (probs.round(relative) - relative)
 
 
 OPERATIONS = (

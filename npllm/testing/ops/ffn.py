@@ -10,9 +10,9 @@ from npllm import blocks
 from npllm.arrays import Array
 from npllm.backend import RMS, Backend, split_heads
 from npllm.testing.case import Case, Draw
-from npllm.testing.estimate import Estimate, applied, exact, linear, rms_norm, stored, times
+from npllm.testing.estimate import Estimate, applied, exact, factor, linear, rms_norm, stored, times
 from npllm.testing.operation import Arrays, Operation, Settings
-from npllm.testing.ops import feed
+from npllm.testing.ops import factors, feed
 from npllm.testing.ops import linear as linear_cases
 from npllm.testing.ops.ffn_mistakes import GATED_MISTAKES, MLP_MISTAKES, PROJECT_MISTAKES
 from npllm.testing.rounding import Rounding
@@ -59,17 +59,37 @@ def run_mlp(be: Backend, inputs: Arrays, settings: Settings) -> tuple[Array, ...
 
 def entering(inputs: Arrays, settings: Settings, rounding: Rounding) -> Estimate:
     """What the first products take: x, or its norm as it is handed to them."""
-    x_MD, at = exact(inputs["x"]), rounding.format("accumulate")
     if "norm" not in inputs:
-        return x_MD
+        return multiplied(inputs, "x", rounding)
+    x_MD, at = exact(inputs["x"]), rounding.format("accumulate")
     normed = rms_norm(x_MD, inputs["norm"], settings["eps"], 0.0, rounding.format("normed"), at)
     return stored(normed, at, rounding.format("hidden"))
+
+
+def multiplied(inputs: Arrays, name: str, rounding: Rounding) -> Estimate:
+    """An input as a factor of a product."""
+    return factor(inputs[name], rounding.format("factors"))
+
+
+def last_layer(hidden_MF: Estimate, inputs: Arrays, added: str, rounding: Rounding) -> Estimate:
+    """The product with `down` of activated features, as the output has it.
+
+    Where `hidden` is coarser than that, rounding a feature may be the largest error of all, which a token's outputs share;
+    it is known but for the smaller errors of the feature, and counts as it is where that is more.
+    """
+    at, to, output = (rounding.format(point) for point in ("accumulate", "hidden", "output"))
+    out = stored(layer(stored(hidden_MF, at, to), inputs, "down", rounding, added), at, output)
+    if to.bits >= output.bits:
+        return out
+    moved = (to.round(hidden_MF.value) - hidden_MF.value) @ inputs["down"].T
+    return out._replace(variance=np.maximum(out.variance, moved**2))
 
 
 def layer(x_MD: Estimate, inputs: Arrays, name: str, rounding: Rounding, added: str = "") -> Estimate:
     """A linear layer of the weight `name` and, where the case has it, what is `added`, not yet rounded to anything."""
     more = [exact(inputs[added])] if added in inputs else []
-    return linear(x_MD, exact(inputs[name]), rounding.format("accumulate"), more, rounding.format("partial"))
+    weight_FD = multiplied(inputs, name, rounding)
+    return linear(x_MD, weight_FD, rounding.format("accumulate"), more, rounding.format("partial"))
 
 
 # Units of the argument that an activation leaves where it is `0.5 x (1 + y)` and y is all but -1. A library's erf is off by
@@ -85,6 +105,7 @@ def activated(x: Estimate, act: str, rounding: Rounding) -> Estimate:
     return applied(lambda value: blocks.ACTIVATIONS[act](np, value), x, at, roundings, CANCELS.get(act, 1.0))
 
 
+@factors.known("x", "q", "k", "v")
 def estimate_project_heads(
     inputs: Arrays, settings: Settings, rounding: Rounding, got: Arrays | None
 ) -> tuple[Estimate, ...]:
@@ -94,21 +115,18 @@ def estimate_project_heads(
     return tuple(each.map(lambda x_MF: split_heads(x_MF, settings["head_dim"])) for each in flat)
 
 
+@factors.known("x", "gate", "up", "down")
 def estimate_gated_ffn(inputs: Arrays, settings: Settings, rounding: Rounding, got: Arrays | None) -> tuple[Estimate, ...]:
     h_MD, at, features = entering(inputs, settings, rounding), rounding.format("accumulate"), rounding.format("features")
     gate_MF = stored(activated(layer(h_MD, inputs, "gate", rounding), settings["act"], rounding), at, features)
     up_MF = stored(layer(h_MD, inputs, "up", rounding), at, features)
-    hidden_MF = stored(times(gate_MF, up_MF, at), at, rounding.format("hidden"))
-    out = layer(hidden_MF, inputs, "down", rounding, "residual")
-    return (stored(out, at, rounding.format("output")),)
+    return (last_layer(times(gate_MF, up_MF, at), inputs, "residual", rounding),)
 
 
+@factors.known("x", "up", "down")
 def estimate_mlp(inputs: Arrays, settings: Settings, rounding: Rounding, got: Arrays | None) -> tuple[Estimate, ...]:
-    at = rounding.format("accumulate")
-    up_MF = layer(exact(inputs["x"]), inputs, "up", rounding, "up_bias")
-    hidden_MF = stored(activated(up_MF, settings["act"], rounding), at, rounding.format("hidden"))
-    out = layer(hidden_MF, inputs, "down", rounding, "down_bias")
-    return (stored(out, at, rounding.format("output")),)
+    up_MF = layer(multiplied(inputs, "x", rounding), inputs, "up", rounding, "up_bias")
+    return (last_layer(activated(up_MF, settings["act"], rounding), inputs, "down_bias", rounding),)
 
 
 # -- inputs -----------------------------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from npllm.arrays import Array
 from npllm.backend import Backend
 from npllm.blocks.masks import sliding
 from npllm.cache import Keys, Rows
-from npllm.testing.estimate import Estimate, exact, handed_on, linear, rounded
+from npllm.testing.estimate import Estimate, factor, handed_on, linear, rounded
 from npllm.testing.operation import Arrays, Operation, Settings
-from npllm.testing.ops import feed, latent_budget, latent_cases, latent_mistakes
+from npllm.testing.ops import factors, feed, latent_budget, latent_cases, latent_mistakes
 from npllm.testing.ops.latent_budget import Parts, joined
 from npllm.testing.ops.rope import angle_budget, of_inputs
 from npllm.testing.rounding import FORMATS, Rounding
@@ -28,9 +28,11 @@ def run_project(be: Backend, inputs: Arrays, settings: Settings) -> tuple[Array,
     return (be.latent_project(h_MD, bundle, angles, settings["eps"], interleaved=interleaved)[:, 0],)
 
 
+@factors.known("h", "kv_a")
 def estimate_project(inputs: Arrays, settings: Settings, rounding: Rounding, got: Arrays | None) -> tuple[Estimate, ...]:
     """A kernel may keep the projection in the type of its sums, or round it to `hidden` before norm and rotation."""
-    sums = linear(exact(inputs["h"]), exact(inputs["kv_a"]), rounding.format("accumulate"))
+    h_MD, kv_a = (factor(inputs[name], rounding.format("factors")) for name in ("h", "kv_a"))
+    sums = linear(h_MD, kv_a, rounding.format("accumulate"))
     down_MF = rounded(sums, rounding.format("hidden"))
     # Cosines and sines are given in float32: theirs are float32 at best.
     single, to = FORMATS["f32"], rounding.format("angles")
@@ -48,7 +50,8 @@ def run_expand(be: Backend, inputs: Arrays, settings: Settings) -> tuple[Array, 
 def estimate_expand(inputs: Arrays, settings: Settings, rounding: Rounding, got: Arrays | None) -> tuple[Estimate, ...]:
     latent, kv_b, to = inputs["latent"], inputs["kv_b"], rounding.format("output")
     nope, heads, (S, _), L = settings["nope"], settings["heads"], latent.shape, kv_b.shape[1]
-    up_SF = rounded(linear(exact(latent[:, :L]), exact(kv_b), rounding.format("accumulate")), to)
+    c_SL, weight = (factor(x, rounding.format("factors")) for x in (latent[:, :L], kv_b))
+    up_SF = rounded(linear(c_SL, weight, rounding.format("accumulate")), to)
     up_SHF = up_SF.map(lambda x: x.reshape(S, heads, len(kv_b) // heads))
     rope_SHJ = np.broadcast_to(latent[:, None, L:], (S, heads, latent.shape[1] - L))
     shared_SHJ = handed_on(rope_SHJ, rounding.format("inputs"), to)
@@ -69,6 +72,7 @@ def run_attention(be: Backend, inputs: Arrays, settings: Settings) -> tuple[Arra
     return (out_MHV.reshape(B, T, H, out_MHV.shape[-1]),)
 
 
+@factors.known("q", "latent", "kv_b")
 def estimate_attention(inputs: Arrays, settings: Settings, rounding: Rounding, got: Arrays | None) -> tuple[Estimate, ...]:
     out_BHTV = latent_budget.attention(operands(inputs, settings), rounding)
     return (out_BHTV.map(lambda x: x.transpose(0, 2, 1, 3)),)

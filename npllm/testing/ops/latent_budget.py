@@ -13,7 +13,19 @@ from typing import NamedTuple
 import numpy as np
 
 from npllm.arrays import Array
-from npllm.testing.estimate import Estimate, exact, growth, handed_on, plus, product, rms_norm, rounded, summation, times
+from npllm.testing.estimate import (
+    Estimate,
+    exact,
+    factor,
+    growth,
+    handed_on,
+    plus,
+    product,
+    rms_norm,
+    rounded,
+    summation,
+    times,
+)
 from npllm.testing.estimate import linear as projected
 from npllm.testing.ops.attention import around, scores
 from npllm.testing.ops.rope_mistakes import pairs
@@ -156,30 +168,30 @@ class Parts(NamedTuple):
 
 def absorbed(x: Parts, rounding: Rounding) -> Estimate:
     """Queries in the latent space, rounded to `hidden`; attention over latents, rounded to `hidden`; W_v."""
-    at, hidden = rounding.format("accumulate"), rounding.format("hidden")
-    q_HTL = rounded(product(exact(x.q[..., : x.nope]), exact(x.up_k), at), hidden)
-    q_HTK = joined(q_HTL, exact(x.q[..., x.nope :]))
-    w = weights(q_HTK, exact(x.latent), x.seen_TS, x.scale, rounding)
+    at, hidden, factors = (rounding.format(point) for point in ("accumulate", "hidden", "factors"))
+    q_HTK, up_k = factor(x.q, factors), factor(x.up_k, factors)
+    q_HTL = rounded(product(q_HTK.map(lambda q: q[..., : x.nope]), up_k, at), hidden)
+    q_HTK = joined(q_HTL, q_HTK.map(lambda q: q[..., x.nope :]))
+    w = weights(q_HTK, factor(x.latent, factors), x.seen_TS, x.scale, rounding)
     lift = np.swapaxes(x.up_v, -1, -2)
     moved = bound_through(w, x.compressed, rounding.format("probs"))
-    o_HTL = mixed(w.p_TS, exact(x.compressed), at)
+    o_HTL = mixed(w.p_TS, factor(x.compressed, factors), at)
     # Rounding follows the value where errors of the scores have moved it; what they do to the output is added below,
     # in the space of values: in the latent one they are anything but independent.
     o_HTL = rounded(added(o_HTL, np.zeros_like(moved), moved), hidden)
-    out = product(o_HTL, exact(lift), at)
+    out = product(o_HTL, factor(lift, factors), at)
     v_HSV = x.compressed @ lift
-    variance = variance_through(w, q_HTL, x.compressed, v_HSV, x.scale)
+    variance = variance_through(w, q_HTK, x.latent, v_HSV, x.scale)
     return added(out, variance, bound_through(w, v_HSV, rounding.format("probs")))
 
 
 def expanded(x: Parts, rounding: Rounding) -> Estimate:
     """Keys and values of all heads, rounded to `hidden`, then attention."""
-    at, hidden = rounding.format("accumulate"), rounding.format("hidden")
-    c, q = exact(x.compressed), exact(x.q)
-    k_HSN = rounded(projected(c, exact(x.up_k), at), hidden)
-    v_HSV = rounded(projected(c, exact(x.up_v), at), hidden)
+    at, hidden, factors = (rounding.format(point) for point in ("accumulate", "hidden", "factors"))
+    c, q, up_k, up_v = (factor(part, factors) for part in (x.compressed, x.q, x.up_k, x.up_v))
+    k_HSN, v_HSV = (rounded(projected(c, up, at), hidden) for up in (up_k, up_v))
     turned_HSJ = np.broadcast_to(x.latent[..., x.width :], (*k_HSN.value.shape[:-1], x.latent.shape[-1] - x.width))
-    k_HSK = joined(k_HSN, exact(turned_HSJ))
+    k_HSK = joined(k_HSN, factor(turned_HSJ, factors))
     w = weights(q, k_HSK, x.seen_TS, x.scale, rounding)
     variance = variance_through(w, q, k_HSK.value, v_HSV.value, x.scale)
     return added(mixed(w.p_TS, v_HSV, at), variance, bound_through(w, v_HSV.value, rounding.format("probs")))
@@ -200,11 +212,12 @@ def only(x: Parts, rounding: Rounding) -> Estimate:
 
     For other queries, what comes out says nothing.
     """
-    given, at, hidden, output = (rounding.format(point) for point in ("inputs", "accumulate", "hidden", "output"))
-    lift, seen = np.swapaxes(x.up_v, -1, -2), np.eye(x.latent.shape[-2])[np.argmax(x.seen_TS, axis=-1)]
+    points = ("inputs", "factors", "accumulate", "hidden", "output")
+    given, factors, at, hidden, output = (rounding.format(point) for point in points)
+    lift, seen = factor(np.swapaxes(x.up_v, -1, -2), factors), np.eye(x.latent.shape[-2])[np.argmax(x.seen_TS, axis=-1)]
     c_TL = np.broadcast_to(seen @ x.compressed, (*x.q.shape[:-1], x.width))
-    through_latent = rounded(product(nearly(handed_on(c_TL, given, hidden), at), exact(lift), at), output)
-    value = nearly(rounded(product(exact(c_TL), exact(lift), at), hidden), at)
+    through_latent = rounded(product(nearly(handed_on(c_TL, given, hidden), at), lift, at), output)
+    value = nearly(rounded(product(factor(c_TL, factors), lift, at), hidden), at)
     return larger(through_latent, value if hidden == output else rounded(value, output))
 
 

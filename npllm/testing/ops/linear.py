@@ -10,9 +10,9 @@ import numpy as np
 from npllm.arrays import Array
 from npllm.backend import Backend
 from npllm.testing.case import Case, Draw
-from npllm.testing.estimate import Estimate, exact, linear, quantised, stored
+from npllm.testing.estimate import Estimate, exact, factor, linear, quantised, stored
 from npllm.testing.operation import Arrays, Operation, Settings
-from npllm.testing.ops import feed
+from npllm.testing.ops import factors, feed
 from npllm.testing.ops import quantised as storage
 from npllm.testing.ops.linear_mistakes import MISTAKES
 from npllm.testing.rounding import Format, Rounding
@@ -26,16 +26,19 @@ def run_linear(be: Backend, inputs: Arrays, settings: Settings) -> tuple[Array, 
     return (be.linear(feed.activation(be, inputs["x"]), Linear(*prepared), residual),)
 
 
+@factors.known("x", "weight")
 def estimate_linear(inputs: Arrays, settings: Settings, rounding: Rounding, got: Arrays | None) -> tuple[Estimate, ...]:
     at = rounding.format("accumulate")
-    x, weight = inputs["x"], exact(storage.values(inputs, settings))
+    x, weight, to = inputs["x"], storage.values(inputs, settings), rounding.format("factors")
+    known = exact(weight)
     added = [exact(inputs[name]) for name in ("bias", "residual") if name in inputs]
-    out = linear(exact(x), weight, at, added, rounding.format("partial"))
+    multiplied = known if "storage" in settings else factor(weight, to)
+    out = linear(factor(x, to), multiplied, at, added, rounding.format("partial"))
     if "storage" in settings:
-        moved = widened(weight.value, rounding.format("weights"))
-        out = with_moved(out, exact(x), weight, exact(x), moved)
+        moved = widened(weight, rounding.format("weights"))
+        out = with_moved(out, exact(x), known, exact(x), moved)
     if rounding.activations is not None:
-        out = with_moved(out, exact(x), weight, quantised(exact(x), rounding.activations), weight)
+        out = with_moved(out, exact(x), known, quantised(exact(x), rounding.activations), known)
     return (stored(out, at, rounding.format("output")),)
 
 

@@ -12,7 +12,7 @@ from npllm.arrays import Array
 from npllm.backend import Backend
 from npllm.handles import Weight
 from npllm.testing.mistakes import Mistake
-from npllm.testing.ops.quantised import Grouped, centred, nibbles
+from npllm.testing.ops.quantised import centred, misread, nibbles
 from npllm.testing.rounding import FORMATS, Format
 from npllm.weights import Linear
 
@@ -152,7 +152,7 @@ def of_factors(name: str, change: Callable[[Array], Array]) -> Mistake:
     """A mistake in the factors of an FP8 weight, [rows of blocks, columns of blocks]."""
 
     def changed(weight: Weight) -> Weight:
-        if weight.scale is None:
+        if weight.scale is None or weight.format != "f8_e4m3":
             return weight
         factors = weight.scale.weight
         data = change(factors.data).astype(np.float32)
@@ -163,13 +163,12 @@ def of_factors(name: str, change: Callable[[Array], Array]) -> Mistake:
 
 def of_codes(name: str, change: Callable[[Array], Array]) -> Mistake:
     """A mistake in the codes of an FP8 weight."""
-    return of_weight(name, lambda w: w if w.scale is None else replace(w, data=change(w.data)))
+    return of_weight(name, lambda w: replace(w, data=change(w.data)) if w.format == "f8_e4m3" else w)
 
 
-def of_groups(name: str, storage: str, read: Callable[[Grouped], Grouped]) -> Mistake:
-    """A mistake in reading a q8 or q4 weight."""
-    kind = {"q8": np.int8, "q4": np.uint8}[storage]
-    return of_weight(name, lambda w: read(w) if isinstance(w, Grouped) and w.codes.dtype == kind else w)
+def of_groups(name: str, storage: str, decode: Callable[[Array], Array]) -> Mistake:
+    """A mistake in reading the codes of a q8 or q4 weight."""
+    return of_weight(name, lambda w: misread(w, decode) if w.format == storage else w)
 
 
 def other_grid(factors: Array) -> Array:
@@ -196,7 +195,7 @@ def unsaturated(codes: Array) -> Array:
 
 def in_bf16(weight: Weight) -> Weight:
     """A quantised weight whose values are rounded to bf16 before the product."""
-    if weight.scale is None and not isinstance(weight, Grouped):
+    if weight.scale is None:
         return weight
     values = FORMATS["bf16"].round(weight.array(np.float64))
     return Weight(weight.name, weight.shape, "f32", values.astype(np.float32), weight.source)
@@ -214,9 +213,11 @@ def twos_complement(codes: Array) -> Array:
     return numbers - 16.0 * (numbers > 7.0)
 
 
-def without_group(grouped: Grouped) -> Grouped:
-    """Every group takes the factor of the next one of its row."""
-    return grouped.read(centred, np.roll(grouped.factors, -1, axis=1))
+def next_group(weight: Weight) -> Weight:
+    """Every group of a q4 weight takes the factor of the next one of its row."""
+    if weight.scale is None or weight.format != "q4":
+        return weight
+    return misread(weight, centred, np.roll(weight.scale.weight.data, -1, axis=1))
 
 
 MISTAKES = (
@@ -245,11 +246,11 @@ MISTAKES = (
     of_factors("codes read as e4m3fnuz, half as large", lambda factors: 0.5 * factors),
     of_codes("subnormal FP8 codes taken for zero", flushed),
     of_codes("FP8 saturates at 240", unsaturated),
-    of_groups("q8 codes read without their sign", "q8", lambda w: w.read(lambda codes: codes.view(np.uint8).astype(float))),
-    of_groups("nibbles exchanged", "q4", lambda w: w.read(lambda codes: centred(codes >> 4 | codes << 4))),
-    of_groups("nibbles in halves of a group", "q4", lambda w: w.read(halves)),
-    of_groups("zero point 7", "q4", lambda w: w.read(lambda codes: nibbles(codes) - 7.0)),
-    of_groups("no zero point", "q4", lambda w: w.read(nibbles)),
-    of_groups("nibbles as two's complement", "q4", lambda w: w.read(twos_complement)),
-    of_groups("factor of the next group", "q4", without_group),
+    of_groups("q8 codes read without their sign", "q8", lambda codes: codes.view(np.uint8).astype(float)),
+    of_groups("nibbles exchanged", "q4", lambda codes: centred(codes >> 4 | codes << 4)),
+    of_groups("nibbles in halves of a group", "q4", halves),
+    of_groups("zero point 7", "q4", lambda codes: nibbles(codes) - 7.0),
+    of_groups("no zero point", "q4", nibbles),
+    of_groups("nibbles as two's complement", "q4", twos_complement),
+    of_weight("factor of the next group", next_group),
 )

@@ -10,9 +10,9 @@ from npllm.arrays import Array
 from npllm.backend import Backend
 from npllm.handles import Stack
 from npllm.testing.case import Case, Draw
-from npllm.testing.estimate import Estimate, exact, growth, linear, stored, summation, times
+from npllm.testing.estimate import Estimate, exact, factor, growth, linear, stored, summation, times
 from npllm.testing.operation import Arrays, Operation, Settings
-from npllm.testing.ops import feed
+from npllm.testing.ops import factors, feed
 from npllm.testing.ops.ffn import activated, in_the_tail, wide_range
 from npllm.testing.ops.moe_mistakes import MISTAKES
 from npllm.testing.rounding import Format, Rounding
@@ -33,6 +33,7 @@ def stack(name: str, x_EFD: Array) -> Stack:
 # -- the budget -------------------------------------------------------------------------------------------------------
 
 
+@factors.known("x", "gate", "up", "down")
 def estimate(inputs: Arrays, settings: Settings, rounding: Rounding, got: Arrays | None) -> tuple[Estimate, ...]:
     index, weight = inputs["index"], inputs["weight"]
     on_input = settings.get("weigh", "output") == "input"
@@ -44,14 +45,17 @@ def estimate(inputs: Arrays, settings: Settings, rounding: Rounding, got: Arrays
 
 def by_expert(inputs: Arrays, on_input: bool, act: str, rounding: Rounding) -> Estimate:
     """What each chosen expert says, before weights on the output [M, C, D]."""
-    at, (M, C), D = rounding.format("accumulate"), inputs["index"].shape, inputs["x"].shape[1]
+    at, to = rounding.format("accumulate"), rounding.format("factors")
+    (M, C), D = inputs["index"].shape, inputs["x"].shape[1]
     out = Estimate(*(np.zeros((M, C, D)) for _ in range(3)))
     for e in np.unique(inputs["index"]):
         token, choice = np.nonzero(inputs["index"] == e)
-        x = exact(inputs["x"][token])
+        x = factor(inputs["x"][token], to)
         if on_input:
-            x = stored(times(x, exact(inputs["weight"][token, choice][:, None]), at), at, rounding.format("hidden"))
-        gate, up, down = (exact(inputs[name][e]) for name in ("gate", "up", "down"))
+            x = stored(
+                times(exact(x.value), exact(inputs["weight"][token, choice][:, None]), at), at, rounding.format("hidden")
+            )
+        gate, up, down = (factor(inputs[name][e], to) for name in ("gate", "up", "down"))
         y = expert(x, (gate, up), down, act, rounding)
         for whole, part in zip(out, y, strict=True):
             whole[token, choice] = part

@@ -8,12 +8,12 @@ q4   two codes to a byte, the first in the low nibble; a code stands for itself 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from npllm.arrays import Array
 from npllm.fp8 import TABLES
+from npllm.grouped import PACKED
 from npllm.handles import Scale, Weight
 from npllm.testing.operation import Arrays, Settings
 from npllm.testing.ops import feed
@@ -21,18 +21,12 @@ from npllm.testing.ops import feed
 Decode = Callable[[Array], Array]
 
 
-@dataclass(frozen=True, eq=False)
-class Grouped(Weight):
-    """A q8 or q4 weight: `data` is its values in float32, where they are exact; codes and factors are kept beside them."""
-
-    codes: Array = field(default_factory=lambda: np.zeros(0))
-    factors: Array = field(default_factory=lambda: np.zeros(0))
-    group: int = 32
-
-    def read(self, decode: Decode, factors: Array | None = None) -> Grouped:
-        """The same codes read in another way."""
-        values = ungrouped(decode(self.codes), self.factors if factors is None else factors, self.group)
-        return replace(self, data=values.astype(np.float32))
+def misread(weight: Weight, decode: Decode, factors: Array | None = None) -> Weight:
+    """The float32 weight that a q8 or q4 one becomes when its codes, or its factors, are taken for something else."""
+    assert weight.scale is not None
+    groups = weight.scale.weight.data if factors is None else factors
+    numbers = ungrouped(decode(weight.data), groups, weight.scale.block[1]).astype(np.float32)
+    return Weight(weight.name, weight.shape, "f32", numbers, weight.source)
 
 
 def whole(codes: Array) -> Array:
@@ -89,8 +83,6 @@ def handle(inputs: Arrays, settings: Settings) -> Weight:
     if storage == "fp8":
         scale = Scale(feed.handle("scales", inputs["scales"]), tuple(settings["block"]), (0, 0))
         return Weight("weight", weight.shape, "f8_e4m3", weight, "a case", scale=scale)
-    numbers = values(inputs, settings).astype(np.float32)
-    return Grouped(
-        "weight", numbers.shape, "f32", numbers, "a case",
-        codes=weight, factors=inputs["scales"], group=settings["group"],
-    )  # fmt: skip
+    shape = (len(weight), weight.shape[1] * PACKED[storage])
+    scale = Scale(feed.handle("scales", inputs["scales"]), (1, settings["group"]), (0, 0))
+    return Weight("weight", shape, storage, weight, "a case", scale=scale)

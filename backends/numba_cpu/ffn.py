@@ -1,0 +1,225 @@
+"""`gated_ffn`: `residual + down(act(gate h) * up h)` with `h = norm(x)`; and `mlp`, the same without `up`.
+
+Few tokens: a row of `gate` and the same of `up` meet each token, a block of rows at a time; `down` is a product like others.
+Many: blocks of products [features, tokens] of both, still in the core's cache, become hidden features and are written
+straight into the panels that `down` reads, of which a feature is a step.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from npllm.arrays import Array
+from npllm.backend import Norm, accelerates
+from npllm.backends.numba_cpu.activations import ACTIVATIONS, activate
+from npllm.backends.numba_cpu.base import at
+from npllm.backends.numba_cpu.jit import inline, kernel
+from npllm.backends.numba_cpu.linear import (
+    ACTIVATIONS as AFTER_PRODUCTS,
+)
+from npllm.backends.numba_cpu.linear import (
+    BFLOAT16,
+    BLOCK,
+    NARROW,
+    PAIRS,
+    PRODUCT_ROW,
+    STREAM,
+    TOKENS,
+    WIDENED,
+    _prepare_row,
+    clear,
+    dots,
+    multiply,
+    pack,
+    panel_bytes,
+    panel_width,
+    panelled,
+    steps_of,
+)
+from npllm.backends.numba_cpu.matrix import COLUMNS, ROW_BYTES, ROWS
+from npllm.backends.numba_cpu.memory import f32, u32, word
+from npllm.backends.numba_cpu.products import FEW, Products, unprepared
+from npllm.backends.numba_cpu.source import COUNT, FORM, SOURCE_WORDS, WIDTH, bf16, read_row, rounded
+from npllm.backends.numba_cpu.tape import entry
+from npllm.backends.numba_cpu.team import next_chunk, scratch
+from npllm.weights import MLP, GatedFFN, Linear
+
+# What hidden features are made by, HIDDEN_WORDS of a kernel's arguments: the products' arithmetic and the activation; gate
+# and up as descriptions of matrices and biases, or 0. Without `up` they are `act(gate)`.
+ARITHMETIC, ACT, GATE, GATE_BIAS, UP, UP_BIAS, HIDDEN_WORDS = range(7)
+
+# Rows of a block at most, where tokens are few.
+MOST_ROWS = 512
+
+# -- few tokens -------------------------------------------------------------------------------------------------------
+
+
+@kernel(FORM + "8q")
+def hidden_few(args, team, thread, threads):
+    """Hidden features of few tokens. Arguments: a source; the words above; hidden [M, F], the bytes between its rows."""
+    layer = args + 8 * SOURCE_WORDS
+    hidden, hidden_row, arithmetic = word(layer, HIDDEN_WORDS), word(layer, HIDDEN_WORDS + 1), word(layer, ARITHMETIC)
+    tokens, width, gate = word(args, COUNT), word(args, WIDTH), word(layer, GATE)
+    space, row_bytes = scratch(team, thread), row_room(width)
+    for m in range(tokens):
+        read_row(args, m, space + m * row_bytes)
+        _prepare_row(space + m * row_bytes, width, arithmetic)
+    rows, per, room = word(gate, ROWS), block_rows(gate), space + tokens * row_bytes
+    biases = word(layer, GATE_BIAS), word(layer, UP_BIAS)
+    while True:
+        begin = next_chunk(team) * per
+        if begin >= rows:
+            break
+        hidden_rows(
+            gate, word(layer, UP), biases, begin, min(rows, begin + per), space, row_bytes, tokens, arithmetic,
+            word(layer, ACT), room, hidden + begin * 4, hidden_row,
+        )  # fmt: skip
+
+
+@inline
+def row_room(width):
+    """Bytes for a row of prepared activations, whole cache lines."""
+    return (width + 1 + 15) // 16 * 64
+
+
+@inline
+def block_rows(matrix):
+    """Rows that a thread takes at a time, where memory is the limit."""
+    return min(MOST_ROWS, max(1, STREAM // max(1, word(matrix, ROW_BYTES))))
+
+
+@inline
+def hidden_rows(gate, up, biases, begin, end, x, x_row, tokens, arithmetic, act, room, out, out_row):
+    """Hidden features begin..end of some tokens whose prepared activations lie at `x`; `room` has space for another row.
+
+    Rows of `x` and of `out`, which takes the features of a token each, are so many bytes apart.
+    """
+    count, products = end - begin, room + row_room(word(gate, COLUMNS))
+    # One loop for both, or all products would be compiled twice.
+    for part in range(2 if up else 1):
+        matrix, bias = (up, biases[1]) if part else (gate, biases[0])
+        for n in range(begin, end):
+            dots(matrix, n, x, x_row, tokens, arithmetic, room, products)
+            for m in range(tokens):
+                y, product = f32(out + m * out_row, count), f32(products, tokens)[m] + bias_of(bias, n)
+                y[n - begin] = y[n - begin] * product if part else product
+        if part == 0:
+            for m in range(tokens):
+                activate(act, out + m * out_row, count)
+
+
+@inline
+def bias_of(bias, n):
+    return f32(bias + n * 4, 1)[0] if bias else np.float32(0)
+
+
+# -- many tokens ------------------------------------------------------------------------------------------------------
+
+
+@kernel("10q")
+def hidden_packed(args, team, thread, threads):
+    """Hidden features of packed tokens, packed. Arguments: the words above; panels, tokens; panels of the hidden features,
+    and the arithmetic that they are prepared for.
+    """
+    panels, tokens = word(args, HIDDEN_WORDS), word(args, HIDDEN_WORDS + 1)
+    hidden, prepared = word(args, HIDDEN_WORDS + 2), word(args, HIDDEN_WORDS + 3)
+    gate, up, arithmetic, act = word(args, GATE), word(args, UP), word(args, ARITHMETIC), word(args, ACT)
+    rows, space = word(gate, ROWS), scratch(team, thread)
+    while True:
+        begin = next_chunk(team) * BLOCK
+        if begin >= rows:
+            break
+        end = min(rows, begin + BLOCK)
+        biases = word(args, GATE_BIAS), word(args, UP_BIAS)
+        for first in range(0, tokens, TOKENS):
+            last = min(tokens, first + TOKENS)
+            hidden_block(gate, up, biases, begin, end, panels, tokens, first, last, arithmetic, act, space)
+            store_hidden(space, begin, end, first, last, tokens, hidden, steps_of(rows, prepared), prepared)
+
+
+@inline
+def hidden_block(gate, up, biases, begin, end, panels, tokens, first, last, arithmetic, act, space):
+    """Features begin..end of tokens first..last as [BLOCK, TOKENS] at `space`, a thread's scratch memory."""
+    count = last - first
+    for part in range(2 if up else 1):
+        matrix, bias_at = (up, biases[1]) if part else (gate, biases[0])
+        products = space + AFTER_PRODUCTS if part else space
+        multiply(matrix, begin, end, panels, tokens, first, last, arithmetic, space + WIDENED, products, PRODUCT_ROW)
+        for n in range(begin, end):
+            place, bias = products + (n - begin) * PRODUCT_ROW, bias_of(bias_at, n)
+            y, gated = f32(place, count), f32(space + (n - begin) * PRODUCT_ROW, count)
+            for i in range(count):
+                y[i] += bias
+            if part:
+                for i in range(count):
+                    gated[i] *= y[i]
+            else:
+                activate(act, place, count)
+
+
+@inline
+def store_hidden(block, begin, end, first, last, tokens, hidden, steps, arithmetic):
+    """A block [features, tokens] goes to the panels at `hidden`, `steps` rows each; begin is even."""
+    if (end - begin) % 2:
+        clear(block + (end - begin) * PRODUCT_ROW, last - first + NARROW)
+    token = first
+    while token < last:
+        wide = panel_width(token, tokens)
+        _store_columns(block + (token - first) * 4, begin, end, hidden + token * steps * 4, wide, arithmetic)
+        token += wide
+
+
+@inline
+def _store_columns(block, begin, end, panel, wide, arithmetic):
+    if PAIRS and panelled(arithmetic) == BFLOAT16:
+        for n in range(0, end - begin, 2):
+            low, high = f32(block + n * PRODUCT_ROW, wide), f32(block + (n + 1) * PRODUCT_ROW, wide)
+            pairs = u32(panel + (begin + n) // 2 * wide * 4, wide)
+            for i in range(wide):
+                pairs[i] = bf16(low[i]) | (bf16(high[i]) << np.uint32(16))
+        return
+    for n in range(end - begin):
+        x, y = f32(block + n * PRODUCT_ROW, wide), f32(panel + (begin + n) * wide * 4, wide)
+        if arithmetic == BFLOAT16:
+            for i in range(wide):
+                y[i] = rounded(x[i])
+        else:
+            for i in range(wide):
+                y[i] = x[i]
+
+
+# -- the operations ---------------------------------------------------------------------------------------------------
+
+
+class FeedForward(Products):
+    """Feed-forward layers."""
+
+    @accelerates(lambda self, x_MD, w, act, norm=None, residual_MD=None: unprepared(self, *w))
+    def gated_ffn(
+        self, x_MD: Array, w: GatedFFN, /, act: str, *, norm: Norm | None = None, residual_MD: Array | None = None
+    ) -> Array:
+        return self._feed_forward(x_MD, w.gate_proj, w.up_proj, w.down_proj, act, norm, residual_MD)
+
+    @accelerates(lambda self, x_MD, w, act, norm=None, residual_MD=None: unprepared(self, *w))
+    def mlp(self, x_MD: Array, w: MLP, /, act: str, *, norm: Norm | None = None, residual_MD: Array | None = None) -> Array:
+        return self._feed_forward(x_MD, w.c_fc, None, w.c_proj, act, norm, residual_MD)
+
+    def _feed_forward(
+        self, x_MD: Array, gate: Linear, up: Linear | None, down: Linear, act: str, norm: Norm | None,
+        residual_MD: Array | None,
+    ) -> Array:  # fmt: skip
+        x_MD, (F, D) = self.plain(x_MD), gate.weight.shape
+        arithmetic, second = self.shared([gate, up] if up else [gate]), self.shared([down])
+        upper = (up.weight.address, at(up.bias)) if up else (0, 0)
+        layer = (arithmetic, ACTIVATIONS[act], gate.weight.address, at(gate.bias), *upper)
+        if len(x_MD) <= FEW:
+            hidden_MF = self.empty(len(x_MD), F)
+            if len(x_MD):
+                self.run(entry(hidden_few, *self.source(x_MD, norm), *layer, at(hidden_MF), hidden_MF.strides[0]))
+            return self.multiply(hidden_MF, [down], residual_MF=residual_MD)[0]
+        panels, hidden = self.room(panel_bytes(len(x_MD), D)), self.room(panel_bytes(len(x_MD), F))
+        self.run(
+            entry(pack, *self.source(x_MD, norm), at(panels), arithmetic),
+            entry(hidden_packed, *layer, at(panels), len(x_MD), at(hidden), second),
+        )
+        return self.multiply_panels(hidden, len(x_MD), [down], residual_MD, second)[0]

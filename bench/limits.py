@@ -1,0 +1,148 @@
+"""What the machine can do, measured in the same run as what is compared with it: C loops, or NumPy where no compiler is.
+
+read_anonymous, read_mapped   bytes per second read from allocated memory, and from a mapped file in the page cache;
+float32, bfloat16, int8       operations per second of products and sums in registers (FMA, `vdpbf16ps`, `vpdpbusd`);
+                              None where the CPU lacks the instruction, or NumPy stands in.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from npllm import parallel
+from npllm.arrays import Array
+
+SOURCE = Path(__file__).with_name("limits.c")
+FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
+COMPILERS = ("gcc", "cc", "clang")
+ARITHMETIC = ("float32", "bfloat16", "int8")
+READS = ("read_anonymous", "read_mapped")
+
+# Bytes that are read at a time: many times any cache. Seconds that a loop of arithmetic runs, and how often each is taken.
+SIZE, SECONDS, TIMES = 512 << 20, 0.1, 3
+
+# Side of the matrices that NumPy multiplies where there is no compiler.
+SIDE = 2048
+
+Limits = dict[str, float | None]
+
+
+class Machine:
+    """The limits of so many threads; `folder` keeps the file that is mapped, and the compiled loops."""
+
+    def __init__(self, folder: Path, threads: int, size: int = SIZE) -> None:
+        self.threads = threads
+        self.loops, self.how = compiled(folder)
+        memory = np.zeros(size + 64, np.uint8)
+        start = -memory.ctypes.data % 64
+        self.memory = {"read_anonymous": memory[start : start + size], "read_mapped": mapped(folder / "read.bin", size)}
+        self.memory["read_anonymous"][:] = self.memory["read_mapped"]
+
+    def measure(self) -> Limits:
+        """Every limit, the best of a few times."""
+        read = self._read_c if self.loops else self._read_numpy
+        found: Limits = {name: self.best(functools.partial(read, array), array.size) for name, array in self.memory.items()}
+        if self.loops is None:
+            x = np.ones((SIDE, SIDE), np.float32)
+            return found | dict.fromkeys(ARITHMETIC) | {"float32": self.best(lambda: x @ x, 2 * SIDE**3)}
+        return found | {name: self._arithmetic(name) for name in ARITHMETIC}
+
+    def best(self, work: Callable[[], Any], amount: float) -> float:
+        return amount / min(timed(work) for _ in range(TIMES))
+
+    def _arithmetic(self, name: str) -> float | None:
+        work = getattr(self.loops, f"{name}_work")()
+        if not work:
+            return None
+        rounds, seconds = 1000, 0.0
+        while seconds < SECONDS / 4:
+            rounds *= 4
+            seconds = timed(functools.partial(self._loop, name, rounds))
+        rounds = int(rounds * SECONDS / seconds) + 1
+        return self.best(functools.partial(self._loop, name, rounds), self.threads * rounds * work)
+
+    def _loop(self, name: str, rounds: int) -> None:
+        loop = getattr(self.loops, name)
+        parallel.each(lambda thread: loop(rounds, 0.5, 1.0), range(self.threads), self.threads)
+
+    def _read_c(self, array: Array) -> None:
+        loop, part = self.loops.read_bytes, array.size // self.threads // 512 * 512
+        starts = [array.ctypes.data + thread * part for thread in range(self.threads)]
+        parallel.each(lambda start: loop(start, part), starts, self.threads)
+
+    def _read_numpy(self, array: Array) -> None:
+        words = array.view(np.uint64)
+        parts = [words[each] for each in parallel.split(words.size, self.threads)]
+        parallel.each(np.bitwise_xor.reduce, parts, self.threads)
+
+
+def timed(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def compiled(folder: Path) -> tuple[Any, str]:
+    """The loops, and what compiled them; None, and what stands in, where no compiler does."""
+    library = folder / "limits.so"
+    for compiler in filter(shutil.which, COMPILERS):
+        built = subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(library)], capture_output=True, check=False)
+        if built.returncode == 0:
+            return declared(ctypes.CDLL(str(library))), f"C loops, {version(compiler)}"
+    return None, "NumPy, no C compiler"
+
+
+def declared(library: Any) -> Any:
+    library.read_bytes.argtypes, library.read_bytes.restype = (ctypes.c_void_p, ctypes.c_size_t), ctypes.c_uint64
+    for name in ARITHMETIC:
+        getattr(library, f"{name}_work").restype = ctypes.c_double
+        loop = getattr(library, name)
+        loop.argtypes, loop.restype = (ctypes.c_long, ctypes.c_float, ctypes.c_float), ctypes.c_double
+    return library
+
+
+def version(compiler: str) -> str:
+    asked = subprocess.run([compiler, "-dumpversion"], capture_output=True, text=True, check=False)
+    return f"{compiler} {asked.stdout.strip()}"
+
+
+def mapped(path: Path, size: int) -> Array:
+    """A file of so many bytes, mapped, in the page cache."""
+    if not path.exists() or path.stat().st_size != size:
+        np.random.default_rng(0).integers(0, 1 << 63, size // 8, np.uint64).tofile(path)
+    with path.open("rb") as file:
+        array = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    np.bitwise_xor.reduce(array)
+    return array
+
+
+def better(one: Limits, other: Limits) -> Limits:
+    """The larger of each limit."""
+    return {name: max(filter(None, (one.get(name), value)), default=None) for name, value in other.items()}
+
+
+def bandwidth(limits: Limits) -> float:
+    """Bytes per second: of allocated memory or of a mapped file, whichever is read faster."""
+    return max(limits[name] or 0.0 for name in READS)
+
+
+def peak(limits: Limits, dtype: str) -> float:
+    """Operations per second in `dtype`; those of float32 where the CPU has none of that type."""
+    return limits[dtype] or limits["float32"] or 0.0
+
+
+def described(limits: Limits, how: str) -> list[str]:
+    """The limits as lines of a Markdown table: limit, figure."""
+    units = [(name, "GB/s") for name in READS] + [(name, "GFLOP/s") for name in ARITHMETIC[:2]] + [("int8", "GOP/s")]
+    rows = [(name, f"{value / 1e9:.1f} {unit}") for name, unit in units if (value := limits[name]) is not None]
+    return [f"| limit ({how}) | figure |", "|---|---|", *(f"| {name.replace('_', ', ')} | {text} |" for name, text in rows)]

@@ -1,0 +1,214 @@
+"""What arithmetic and fewer bits cost: logits of each policy against float32 arithmetic on the weights as they are stored.
+
+shipped   the model that ships with npllm, on answers to questions of tools/shipped: half trained on, half held out;
+shape     random bfloat16 weights of a real shape, its first layers, on random tokens.
+
+error       distance of the logits from those of float32, as a share of their size;
+kl          mean KL divergence of the next token's distribution from that of float32, in nats;
+perplexity  of the answers.
+
+Of 8 bits, a hundredth of the answers makes up half of the shipped model's KL: a difference of a tenth there is noise.
+
+A policy is a dtype of the Numba backend, for weights as stored, in q8 or in q4. "Q8_0" and "Q4_0" are llama.cpp's formats
+of the same bits with all matrices in them, embedding and tied head too (llama-quantize --pure): package `gguf` quantises the
+same weights, and the canon computes in float32 with what they stand for. llama.cpp rounds activations to 8 bits besides.
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.canon import about
+from npllm.arrays import Array
+from npllm.backend import Backend
+from npllm.bench import SHAPES
+from npllm.blocks.dtypes import round_to_bfloat16
+from npllm.checkpoint import Checkpoint
+from npllm.grouped import marked
+from npllm.handles import Handle, Stack, Weight
+from npllm.llm import LLM
+from npllm.loading import locate
+from npllm.matching import match
+from npllm.model import Model
+from npllm.models import Described, interpret, read_config
+from npllm.registry import get_backend
+from npllm.sampling import log_softmax
+from npllm.tokenizer import Tokenizer
+from npllm.weights import build_tree, random_weights
+
+ROOT = Path(__file__).parent.parent
+
+# Questions of each kind; random tokens; layers of the shape.
+QUESTIONS, TOKENS, LAYERS = 500, 64, 4
+
+# Name -> dtype and quantize of the Numba backend; or the llama.cpp format of the same bits as another's.
+OURS = {
+    "float32": ("float32", None), "bfloat16": ("bfloat16", None), "stored": ("stored", None),
+    "q8 float32": ("float32", "q8"), "q8 stored": ("stored", "q8"),
+    "q4 float32": ("float32", "q4"), "q4 stored": ("stored", "q4"),
+}  # fmt: skip
+THEIRS = {"Q8_0": "q8", "Q4_0": "q4"}
+
+# Puts in the place of float32 matrices what they stand for after quantising; needs package gguf.
+WORKER = """
+import pathlib, sys
+import numpy as np
+from gguf import GGMLQuantizationType, quants
+kind = GGMLQuantizationType[sys.argv[1]]
+for path in pathlib.Path(sys.argv[2]).iterdir():
+    np.save(path, quants.dequantize(quants.quantize(np.load(path), kind), kind).astype(np.float32))
+"""
+
+# Token ids, and from which position on the next token counts.
+Text = tuple[list[int], int]
+
+
+def run(shape: str, python: str) -> dict[str, Any]:
+    """All figures; `python` has package gguf."""
+    described = interpret(SHAPES[shape] | {"num_hidden_layers": LAYERS}, shape)
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(0, described.config.vocab_size, TOKENS).tolist()
+    models = {
+        "shipped": (read_config(locate(None)), shipped_handles(), questions()),
+        "shape": (described, bfloat16_weights(described), [(tokens, 1)]),
+    }
+    return {
+        "schema": "npllm.bench.quality/1",
+        "layers": f"{shape}, {LAYERS} layers",
+        **about(),
+        "answers": 2 * QUESTIONS,
+        **{name: compare(*model, python) for name, model in models.items()},
+    }
+
+
+def compare(described: Described, handles: dict[str, Handle], texts: Sequence[Text], python: str) -> dict[str, Any]:
+    """Policy -> its figures."""
+    reference = list(logits(made(described, handles, Backend()), texts))
+    figures = {"canon": measured(reference, reference, texts)}
+    for name, (dtype, quantize) in OURS.items():
+        llm = made(described, handles, get_backend("numba", dtype=dtype, quantize=quantize))
+        figures[name] = measured(logits(llm, texts), reference, texts)
+    for name, ours in THEIRS.items():
+        llm = made(described, rounded(described, handles, name, ours, python), Backend())
+        figures[name] = measured(logits(llm, texts), reference, texts)
+    return figures
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+def made(described: Described, handles: dict[str, Handle], be: Backend) -> LLM:
+    spec = described.architecture.weight_spec(described.config)
+    if be.quantize is not None:
+        handles = marked(spec, handles, be.quantize)
+    tree = build_tree(spec, handles, be.prepare)
+    return LLM(Model(described.architecture, described.config, tree, spec), be)
+
+
+def shipped_handles() -> dict[str, Handle]:
+    described = read_config(locate(None))
+    return match(described, Checkpoint(locate(None), described.block))
+
+
+def bfloat16_weights(described: Described) -> dict[str, Handle]:
+    spec = described.architecture.weight_spec(described.config)
+    return {name: in_bfloat16(handle) for name, handle in random_weights(spec).items()}
+
+
+def in_bfloat16(handle: Handle) -> Handle:
+    if isinstance(handle, Stack):
+        return replace(handle, weights=tuple(map(in_bfloat16, handle.weights)))
+    return replace(handle, format="bf16", data=round_to_bfloat16(np, handle.data))
+
+
+def rounded(described: Described, handles: dict[str, Handle], theirs: str, ours: str, python: str) -> dict[str, Handle]:
+    """The handles with what llama.cpp's format makes of the matrices that `ours` quantises; no mixtures."""
+    spec = described.architecture.weight_spec(described.config)
+    chosen = {
+        name: handle
+        for name, handle in marked(spec, handles, ours).items()
+        if isinstance(handle, Weight) and handle.quantisable
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for name, handle in chosen.items():
+            np.save(Path(folder) / f"{name}.npy", handle.array("float32"))
+        subprocess.run([python, "-c", WORKER, theirs, folder], check=True)
+        return handles | {
+            name: replace(handle.widened(), data=np.load(Path(folder) / f"{name}.npy"), quantisable=False)
+            for name, handle in chosen.items()
+        }
+
+
+# -- texts ------------------------------------------------------------------------------------------------------------
+
+
+def questions() -> list[Text]:
+    """Questions with their answers as the model's chat has them, from where the answer begins."""
+    sys.path.insert(0, str(ROOT / "tools" / "shipped"))
+    from corpus import build  # type: ignore[import-not-found]
+
+    tokenizer, dice, texts = Tokenizer(locate(None)), random.Random(0), []
+    asked = build()
+    for held_out in (False, True):
+        kind = [question for question in asked if (question.split != "train") == held_out]
+        texts += [text_of(tokenizer, question) for question in dice.sample(kind, QUESTIONS)]
+    return texts
+
+
+def text_of(tokenizer: Tokenizer, question: Any) -> Text:
+    messages = [{"role": "user", "content": question.text}]
+    prompt = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    asked = tokenizer.encode(prompt, add_special_tokens=False)
+    answered = tokenizer.encode(question.answer, add_special_tokens=False)
+    return asked + answered, len(asked)
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def logits(llm: LLM, texts: Sequence[Text]) -> Iterator[Array]:
+    """For each text the logits [T, N] that predict its tokens from the given position on."""
+    for tokens, begin in texts:
+        yield llm.forward([tokens])[0, begin - 1 : -1]
+
+
+def measured(got: Iterable[Array], reference: Sequence[Array], texts: Sequence[Text]) -> dict[str, float]:
+    """error, kl and perplexity of a policy."""
+    distance = size = divergence = nats = 0.0
+    count = 0
+    for got_TN, want_TN, (tokens, begin) in zip(got, reference, texts, strict=True):
+        distance += float(np.sum((got_TN - want_TN).astype(np.float64) ** 2))
+        size += float(np.sum(want_TN.astype(np.float64) ** 2))
+        for got_N, want_N, token in zip(got_TN, want_TN, tokens[begin:], strict=True):
+            mine, theirs = log_softmax(got_N[None].astype(np.float64))[0], log_softmax(want_N[None].astype(np.float64))[0]
+            divergence += float(np.sum(np.exp(theirs) * (theirs - mine)))
+            nats -= float(mine[token])
+            count += 1
+    return {
+        "error": (distance / size) ** 0.5,
+        "kl": max(0.0, divergence / count),
+        "perplexity": float(np.exp(nats / count)),
+    }
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures as a Markdown table."""
+    lines = [
+        "| policy | shipped: logit error | KL, nats | perplexity | real shape: logit error | KL, nats |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, mine in figures["shipped"].items():
+        other = figures["shape"][name]
+        cells = [f"{mine['error']:.1e}", f"{mine['kl']:.1e}", f"{mine['perplexity']:.4f}"]
+        cells += [f"{other['error']:.1e}", f"{other['kl']:.1e}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,0 +1,71 @@
+"""The kit's suite on every path of CPU features that this machine runs: operations in each storage format, whole models."""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+pytest.importorskip("numba")
+
+from npllm.backends.numba_cpu.features import runnable
+from npllm.testing.conformance import STORAGES
+from npllm.testing.report import Suite
+from tests.full import CHECKED
+from tests.numba import guards
+from tests.numba.work import conformance_on, declined
+
+DTYPES = ("float32", "bfloat16", "stored")
+PATHS = [path.name for path in runnable()]
+
+# What every run checks: all arithmetic on the widest path, and what users of any CPU meet on the portable one. float32
+# arithmetic widens f16 and bf16 alike, and bfloat16 rounds all to the same: each is checked where it shows.
+OFTEN = [
+    (PATHS[0], "float32", "f32"), (PATHS[0], "float32", "f16"), (PATHS[0], "bfloat16", "f32"), (PATHS[0], "stored", "bf16"),
+    ("generic", "float32", "f32"), ("generic", "stored", "bf16"),
+]  # fmt: skip
+
+Told = Callable[[str, object], None]
+
+
+def judged(suite: Suite, told: Told, **about: str) -> None:
+    """The suite passed, and nothing was left to the canon; what there was goes to the summary of `pytest -m full`."""
+    cases = Counter(report.operation for report in suite.reports)
+    failed = [f"{report.case}: {report.problem}" for report in suite.failures]
+    told(CHECKED, about | {"cases": dict(cases), "failed": failed, "declined": sorted(declined(suite))})
+    suite.raise_on_failure()
+    assert not declined(suite)
+
+
+@pytest.mark.parametrize(("path", "dtype", "storage"), OFTEN)
+def test_conformance(path: str, dtype: str, storage: str, record_property: Told) -> None:
+    judged(conformance_on(path, dtype, [storage]), record_property, path=path, dtype=dtype, storage=storage)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("path", PATHS)
+def test_every_path(path: str, dtype: str, storage: str, record_property: Told) -> None:
+    judged(conformance_on(path, dtype, [storage]), record_property, path=path, dtype=dtype, storage=storage)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("side", guards.SIDES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("path", PATHS)
+def test_every_path_between_guards(path: str, dtype: str, side: str, record_property: Told) -> None:
+    suite = conformance_on(path, dtype, ["f32", "bf16"], guard=side)
+    judged(suite, record_property, path=path, dtype=dtype, storage="f32 bf16", guard=side)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("round", range(5))
+def test_fresh_inputs(round: int, dtype: str, record_property: Told) -> None:
+    """Seeds that nobody has seen, on the widest path."""
+    seed = secrets.randbelow(1 << 31)
+    suite = conformance_on(PATHS[0], dtype, ["f32", "bf16"], seed=seed)
+    judged(suite, record_property, path=PATHS[0], dtype=dtype, storage="f32 bf16", seed=str(seed))

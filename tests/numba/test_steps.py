@@ -1,0 +1,90 @@
+"""Played decode steps give, bit for bit, what the model's own text gives when it runs: every model, far into its context."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba")
+
+from npllm.backend import log_once
+from npllm.backends.numba_cpu import steps
+from npllm.llm import LLM
+from npllm.models import interpret
+from npllm.registry import get_backend
+from tests.models import CONFIGS
+
+PROMPTS = [[5, 9, 33, 7], [11], [200, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]]
+
+
+class Never(dict):
+    """No model is trusted: every played step is compared with one that runs."""
+
+    def __setitem__(self, key, value):
+        pass
+
+
+def random_model(name, dtype="float32", **options):
+    described = interpret(CONFIGS[name] | {"model_type": name}, name)
+    return LLM.random(described, get_backend("numba", dtype=dtype, **options))
+
+
+@pytest.fixture
+def problems(monkeypatch):
+    """What recordings could not do, by the time the test ends."""
+    found = []
+    record, played = steps.Recording.record, steps.Steps._played
+
+    def recorded(self, *args):
+        result = record(self, *args)
+        found.append(self.problem)
+        return result
+
+    def compared(self, recording, *args):
+        result = played(self, recording, *args)
+        found.append(recording.problem)
+        return result
+
+    monkeypatch.setattr(steps.Recording, "record", recorded)
+    monkeypatch.setattr(steps.Steps, "_played", compared)
+    return found
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_played_step_is_the_step_that_ran(name, kv_dtype, problems):
+    llm = random_model(name)
+    llm.kv_dtype = kv_dtype
+    llm.backend._trusted = Never()
+    llm.generate(PROMPTS, max_tokens=100, temperature=1.0, seed=1, ignore_eos=True)
+    assert len(problems) > 90
+    assert set(problems) == {""}
+
+
+@pytest.mark.parametrize("name", ["qwen3", "deepseek_v3", "gemma3_text"])
+def test_rows_that_end_and_caches_that_move_are_recorded_anew(name, problems):
+    llm = random_model(name)
+    llm.backend._trusted = Never()
+    llm.generate(
+        [[5] * 200, [7] * 40, [9]], max_tokens=60, temperature=1.0, seed=3, ignore_eos=False, stop_ids=list(range(40))
+    )
+    assert set(problems) == {""}
+
+
+def test_what_a_recording_misses_is_found_at_the_second_step(monkeypatch, caplog):
+    llm = random_model("qwen3")
+    log_once.cache_clear()
+    forward = llm.model.architecture.forward
+
+    def hides(be, c, w, tokens_M, rows, cache):
+        logits_WN = forward(be, c, w, tokens_M, rows, cache)
+        return logits_WN + float(np.asarray(rows.positions_M)[0])
+
+    expected = [int(token) for token in llm.generate([5, 6], max_tokens=6, temperature=0, ignore_eos=True).tokens]
+    llm.backend._trusted.clear()
+    monkeypatch.setattr(llm.model.architecture, "forward", hides)
+    with caplog.at_level(logging.INFO, "npllm"):
+        assert llm.generate([5, 6], max_tokens=6, temperature=0, ignore_eos=True).tokens == expected
+    assert "a played step differs" in caplog.text

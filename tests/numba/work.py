@@ -1,0 +1,60 @@
+"""Conformance of the backend "numba" in a process of its own: on a given path of CPU features, with guards or without."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from npllm.testing.conformance import Conformity, Maker, conformity, trials
+from npllm.testing.isolate import Trial, reports
+from npllm.testing.report import Report, Suite
+
+
+@dataclass(frozen=True)
+class OnPath:
+    """For npllm.testing.isolate: trials of the backend.
+
+    path    of CPU features, as NPLLM_CPU_FEATURES names them.
+    guard   a side of tests.numba.guards, or "".
+    """
+
+    path: str
+    guard: str = ""
+    limit_s: float = 120.0
+
+    def __str__(self) -> str:
+        return f"backend 'numba' on {self.path}" + f", guarded {self.guard}" * bool(self.guard)
+
+    def load(self) -> Callable[[Trial], Report]:
+        os.environ["NPLLM_CPU_FEATURES"] = self.path
+        from npllm.backends.numba_cpu.backend import NumbaBackend
+        from tests.numba import guards
+
+        if self.guard:
+            guards.install(self.guard)
+
+        def check(trial: Trial) -> Report:
+            report = conformity(NumbaBackend, trial, self.limit_s)
+            if guards.overwritten():
+                return replace(report, problem="crashed", message="wrote behind the end of an array")
+            return report
+
+        return check
+
+
+def conformance_on(
+    path: str, dtype: str, storages: Iterable[str], ops: Iterable[str] | None = None, *, guard: str = "", seed: int = 0,
+    every: int = 1,
+) -> Suite:  # fmt: skip
+    """The kit's suite on a path, in children of this process; only one trial of `every` so many."""
+    from npllm.backends.numba_cpu.backend import NumbaBackend
+
+    made: Maker = NumbaBackend
+    found = trials(made, ops, storages=storages, dtypes=[dtype], seed=seed)[::every]
+    return Suite(tuple(reports(OnPath(path, guard), found)))
+
+
+def declined(suite: Suite) -> set[str]:
+    """What was left to the canon: "operation: why"."""
+    return {what for report in suite.reports if isinstance(report, Conformity) for what in report.declined}
