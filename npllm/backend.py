@@ -127,8 +127,8 @@ class Backend:
         """What a bug report should know of this backend, for `npllm doctor`: JSON values by name."""
         return {}
 
-    def warm_up(self, progress: Callable[[int, int], None]) -> int:
-        """Compile ahead what would be compiled at its first use -> how many functions that were.
+    def warm_up(self, progress: Callable[[int, int], None], model: Model | None = None) -> int:
+        """Compile ahead what would be compiled at its first use, for `model` or for any -> how many functions that were.
 
         `progress` is called with how many are done and how many there are.
         """

@@ -38,6 +38,9 @@ ROUNDING_BITS = int(np.float32(ROUNDING).view(np.int32))
 # exp is 0 below, and infinity above.
 LEAST, MOST = -104.0, 89.0
 
+# A softmax's weight below exp of this, next to one of at least 1, is none.
+NO_WEIGHT = -86.0
+
 CONTRACT = ("contract",)
 
 
@@ -122,6 +125,19 @@ def emit_exp(e: Emit, x: ir.Value) -> ir.Value:
     remains = b.bitcast(b.shl(b.add(b.sub(n, fits), r.int(127)), r.int(23)), r.kind)
     result = r.mul(scaled, remains)
     return b.select(b.fcmp_unordered("uno", x, x), x, b.select(r.below(x, LEAST), r.real(0.0), result))
+
+
+def emit_weight(e: Emit, x: ir.Value) -> ir.Value:
+    """exp of float32 numbers of which none is much above 0, as weights of a softmax: 0 below NO_WEIGHT."""
+    r, b = _Reals(e, x), e.b
+    bounded = r.most(x, NO_WEIGHT)
+    shifted = r.add(r.mul(bounded, 1.0 / math.log(2.0)), ROUNDING)
+    count = r.sub(shifted, ROUNDING)
+    rest = r.sub(r.sub(bounded, r.mul(count, LN2_HIGH)), r.mul(count, LN2_LOW))
+    # The lower bits of `shifted` are the exponent; those of ROUNDING, and of NaN, are pushed out.
+    exponent = b.shl(b.bitcast(shifted, r.whole), r.int(23))
+    value = b.bitcast(b.add(b.bitcast(r.polynomial(EXP, rest), r.whole), exponent), r.kind)
+    return b.select(r.below(x, NO_WEIGHT), r.real(0.0), value)
 
 
 def _clamped(r: _Reals, n: ir.Value) -> ir.Value:

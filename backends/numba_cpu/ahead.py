@@ -10,7 +10,7 @@ import os
 import queue
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from npllm.backends.numba_cpu.jit import Compiled, store
@@ -20,12 +20,13 @@ from npllm.errors import BackendError
 Progress = Callable[[int, int], None]
 
 
-def compile_ahead(processes: int, progress: Progress) -> int:
-    """Compile and keep every function that is not kept -> how many those were.
+def compile_ahead(processes: int, progress: Progress, without: Collection[str] = ()) -> int:
+    """Compile and keep every function that is not kept, but for modules `without` -> how many those were.
 
     BackendError: nothing can be kept, or something cannot be compiled.
     """
-    missing = [name for name in Compiled.known if store().read(name) is None]
+    wanted = [name for name in Compiled.known if name.partition(".")[0] not in without]
+    missing = [name for name in wanted if store().read(name) is None]
     if missing:
         _check_folder()
         todo: queue.SimpleQueue[str] = queue.SimpleQueue()

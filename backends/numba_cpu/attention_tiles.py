@@ -312,17 +312,19 @@ def spread(a, a_row, a_step, rows, b, wide, count, c, add, pairs):
         for column in range(0, row, TILE_WIDTH * 4):
             for n in range(0, rows, TILE_ROWS):
                 at, to, last = a + n * a_row, c + n * row + column, rows - n - 1
+                then, step = at + TILE_ROWS * a_row, 4 * TILE_ROWS
                 if PAIRS and pairs:
-                    tile_wide_pairs(at, a_row, a_step, last, b + column, row, count, to, row, add)
+                    tile_wide_pairs(at, a_row, a_step, last, b + column, row, count, to, row, add, then, step)
                 else:
-                    tile_wide(at, a_row, a_step, last, b + column, row, count, to, row, add)
+                    tile_wide(at, a_row, a_step, last, b + column, row, count, to, row, add, then, step)
         return
     for n in range(0, rows, 2 * TILE_ROWS):
         at, to, last = a + n * a_row, c + n * row, rows - n - 1
+        then, step = at + 2 * TILE_ROWS * a_row, 8 * TILE_ROWS
         if PAIRS and pairs:
-            tile_narrow_pairs(at, a_row, a_step, last, b, row, count, to, row, add)
+            tile_narrow_pairs(at, a_row, a_step, last, b, row, count, to, row, add, then, step)
         else:
-            tile_narrow(at, a_row, a_step, last, b, row, count, to, row, add)
+            tile_narrow(at, a_row, a_step, last, b, row, count, to, row, add, then, step)
 
 
 @inline

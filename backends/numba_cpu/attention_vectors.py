@@ -17,9 +17,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from npllm.backends.numba_cpu.activations import emit_exp
+from npllm.backends.numba_cpu.activations import emit_exp, emit_weight
 from npllm.backends.numba_cpu.jit import inline
-from npllm.backends.numba_cpu.vectors import F32, I8, I32, I64, LANES, NUMBERS, VF, VI, Emit, emitting, widened
+from npllm.backends.numba_cpu.vectors import F32, I32, I64, LANES, NUMBERS, VF, VI, Emit, emitting, widened
 
 # Rows of the state of a panel of lanes: the number that scores are taken relative to, the sum of their exponentials, what
 # earlier sums were last multiplied by; what products are multiplied by to be scores; and the range of keys that the lane
@@ -30,9 +30,6 @@ BASE, TOTAL, FACTOR, SHARPNESS, LOW, HIGH, STATE_ROWS = range(7)
 # the last key's. Vectors of sums that `weigh` holds in registers at a time.
 SCORES = 8
 SUMS = 16 if LANES == 16 else 8
-
-# Bytes that keys and values are asked for ahead of their use, a cache line at a time.
-AHEAD, CACHE_LINE = 1024, 64
 
 NEGATIVE_INFINITY = -math.inf
 
@@ -73,15 +70,6 @@ def _rows(e: Emit, first: ir.Value, row: ir.Value, last: ir.Value, count: int) -
     return [e.at(first, e.b.mul(row, e.least(e.i64(n), last))) for n in range(count)]
 
 
-def _fetch(e: Emit, address: ir.Value) -> None:
-    """Ask for what lies AHEAD of an address: at the end of each row, the CPU's own guesses begin anew."""
-    pointer = ir.PointerType(I8)
-    kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
-    function = cgutils.get_or_insert_function(e.b.module, kind, "llvm.prefetch.p0")
-    to_read, keep, data = (ir.Constant(I32, n) for n in (0, 3, 1))
-    e.b.call(function, [e.b.inttoptr(e.at(address, AHEAD), pointer), to_read, keep, data])
-
-
 def _score(e: Emit, kind: str, together: int, args: Sequence[ir.Value]) -> None:
     """out[h, j] = q[h] k[j] for `together` queries, the last+1 first of which count, and `count` keys."""
     k, k_row, count, q, q_row, last, out, out_row, width = args
@@ -100,8 +88,7 @@ def _score(e: Emit, kind: str, together: int, args: Sequence[ir.Value]) -> None:
 
         def step(n: ir.Value, totals: list[Any]) -> list[ir.Value]:
             places = [e.at(key, e.mul(n, size * LANES)) for key in keys]
-            for place in places:
-                _fetch(e, place)
+            e.stream(places, size * LANES)
             numbers = [widened(e, kind, place) for place in places]
             return added(numbers, [widened(e, "f32", e.at(query, e.mul(n, 4 * LANES))) for query in queries], totals)
 
@@ -132,8 +119,8 @@ def _weigh(e: Emit, kind: str, together: int, args: Sequence[ir.Value]) -> None:
 
         def step(j: ir.Value, sums: list[Any]) -> list[ir.Value]:
             row = e.at(v, b.mul(j, v_row), e.mul(offset, size))
-            for line in range(0, size * lanes * vectors if lanes > 1 else 0, CACHE_LINE):
-                _fetch(e, e.at(row, line))
+            if lanes > 1:
+                e.stream([row], size * lanes * vectors)
             numbers = [widened(e, kind, e.at(row, size * lanes * n), lanes) for n in range(vectors)]
             factors = [e.splat(e.load(F32, e.at(each, e.mul(j, 4)), 4), lanes) for each in weights]
             pairs = [(factor, number) for factor in factors for number in numbers]
@@ -208,17 +195,19 @@ def _soften(e: Emit, pairs: bool, args: Sequence[ir.Value]) -> ir.Value:
     lowest, zero, one = _each(NEGATIVE_INFINITY, LANES), _each(0.0, LANES), _each(1.0, LANES)
 
     def load(j: ir.Value) -> ir.Value:
-        return b.fmul(e.load(VF, e.at(s, b.mul(j, row)), 4), sharpness)
+        return e.load(VF, e.at(s, b.mul(j, row)), 4)
 
-    (top,) = e.loop(count, [lowest], lambda j, v: [_larger(e, load(j), v[0])])
+    (top,) = e.loop(count, [lowest], lambda j, v: [_larger(e, b.fmul(load(j), sharpness), v[0])])
     base = e.load(VF, place[BASE], 4)
     rises = b.fcmp_ordered(">", top, base)
     new = b.select(rises, top, base)
     factor = b.select(rises, emit_exp(e, b.fsub(base, new)), one)
     away = b.select(b.fcmp_ordered("==", new, lowest), zero, new)
 
+    less = b.fneg(away)
+
     def exponential(j: ir.Value) -> ir.Value:
-        return emit_exp(e, b.fsub(load(j), away))
+        return emit_weight(e, e.fma(load(j), sharpness, less))
 
     def step(j: ir.Value, totals: list[Any]) -> list[ir.Value]:
         p = exponential(j)

@@ -21,32 +21,38 @@ class Path(NamedTuple):
     """A set of instructions and the register tile that suits it.
 
     lanes    float32 numbers of a vector register.
-    tile     (rows, vectors): a register tile of so many rows times so many vectors of tokens, for panels of 64 tokens;
-             where a panel is as narrow as one vector, twice the rows.
+    tile     (rows, vectors): a register tile of so many rows times so many vectors of tokens; where a panel is as narrow
+             as one vector, twice the rows.
+    steps    numbers, or pairs, of a row that a tile is summed over at a time: so many of all its tokens stay in a cache.
     bf16     there is a dot product of bf16 pairs (AVX-512 BF16).
     int8     what multiplies unsigned by signed bytes: "avx512vnni", "avxvnni" (sums of four products), "maddubs" (sums of
              two, in 16 bits), or "" (nothing does).
     cpu      LLVM's name of a CPU with no more than this; "" compiles for the host.
     needs    LLVM's names of the features that the path uses.
+    twin     other instructions stand in for those of bf16: the widest path's logic, for tests on a CPU without them.
     """
 
     name: str
     lanes: int
     tile: tuple[int, int]
+    steps: int
     bf16: bool = False
     int8: str = ""
     cpu: str = ""
     needs: tuple[str, ...] = ()
+    twin: bool = False
 
 
-# From the widest to the one that any CPU has.
+# From the widest to the one that any CPU has; the last is only taken by name.
+_AVX512, _AVX2 = ("avx512f", "avx512bw", "avx512vl"), ("avx2", "fma", "f16c")
 PATHS = (
-    Path("avx512bf16", 16, (6, 4), True, "avx512vnni", "", ("avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx512bf16")),
-    Path("avx512vnni", 16, (6, 4), False, "avx512vnni", "cascadelake", ("avx512f", "avx512bw", "avx512vl", "avx512vnni")),
-    Path("avx512", 16, (6, 4), False, "maddubs", "skylake-avx512", ("avx512f", "avx512bw", "avx512vl")),
-    Path("avxvnni", 8, (6, 2), False, "avxvnni", "alderlake", ("avx2", "fma", "f16c", "avxvnni")),
-    Path("avx2", 8, (6, 2), False, "maddubs", "haswell", ("avx2", "fma", "f16c")),
-    Path("generic", 4, (6, 2), False, "", "generic", ()),
+    Path("avx512bf16", 16, (6, 4), 1024, True, "avx512vnni", "", (*_AVX512, "avx512vnni", "avx512bf16")),
+    Path("avx512vnni", 16, (6, 4), 1024, False, "avx512vnni", "cascadelake", (*_AVX512, "avx512vnni")),
+    Path("avx512", 16, (6, 4), 1024, False, "maddubs", "skylake-avx512", _AVX512),
+    Path("avxvnni", 8, (6, 2), 512, False, "avxvnni", "alderlake", (*_AVX2, "avxvnni")),
+    Path("avx2", 8, (6, 2), 512, False, "maddubs", "haswell", _AVX2),
+    Path("generic", 4, (6, 2), 512, False, "", "generic"),
+    Path("twin", 16, (6, 4), 1024, True, twin=True),
 )
 
 
@@ -83,9 +89,9 @@ def choose() -> Path:
     BackendError if this CPU cannot run that.
     """
     paths = {path.name: path for path in runnable()}
-    asked = os.environ.get(VARIABLE, "")
-    if not asked:
-        return next(iter(paths.values()))._replace(cpu="")
+    asked, widest = os.environ.get(VARIABLE, ""), next(iter(paths.values()))
+    if asked in ("", widest.name):
+        return widest._replace(cpu="")
     if asked not in paths:
         raise BackendError(f"{VARIABLE}={asked}: this CPU runs {', '.join(paths)}")
     return paths[asked]

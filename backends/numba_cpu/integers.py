@@ -190,6 +190,8 @@ class _Row:
         e, b = self.e, self.e.b
         per = min(groups, ACROSS * 4 // self.size)  # groups of a vector
         lanes, kind = per * self.size // 4, ir.VectorType(F32, groups)
+        if groups > 1:
+            e.stream([e.at(self.w, e.mul(first, self.size))], groups * self.size)
         factors = from_halves(e, e.load(ir.VectorType(I16, groups), e.at(self.factors, e.mul(first, 2)), 2))
         blocks = [e.at(row, e.mul(first, GROUP_BYTES)) for row in self.rows]
         scales = [b.fmul(factors, e.load(kind, e.at(block, SCALES * groups), 4)) for block in blocks]

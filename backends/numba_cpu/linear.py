@@ -2,10 +2,11 @@
 
 Several matrices that read the same input (q, k and v) are one kernel's work: an output list says what they are.
 
-Few tokens meet every row of the weights by a dot product. Many are packed into panels of 64 or 16, the tokens side by side
-([K, P] numbers, or [K/2, P] pairs of bf16): a number of a weight, read where it lies, is spread over a vector and meets as
-many tokens at once, so nothing of the weight needs to be packed. Only formats that no instruction multiplies are widened,
-a block of rows at a time.
+Few tokens meet every row of the weights by a dot product. Many are packed into panels, as wide as a tile or of 16 tokens,
+which lie side by side ([K, P] numbers, or [K/2, P] pairs of bf16): a number of a weight, read where it lies, is spread over
+a vector and meets as many tokens at once, so nothing of the weight needs to be packed. Only formats that no instruction
+multiplies are widened, a block of rows at a time. While a block meets one panel, the next is fetched: panels are read anew
+for each block, and come from far.
 """
 
 from __future__ import annotations
@@ -58,13 +59,14 @@ MATRIX, OUT, OUT_ROW, BIAS, RESIDUAL, RESIDUAL_ROW, OUTPUT_WORDS = range(7)
 # (npllm.backends.numba_cpu.integers), with many those of `panelled`.
 FLOAT32, BFLOAT16, INT8 = range(3)
 
-# Tokens of a wide and of a narrow panel, and the widths and heights of the tiles.
-WIDE, NARROW = 64, 16
+# Tokens of a narrow and of a wide panel, as wide as a tile, and the height of the tiles.
 TILE_ROWS, TILE_WIDTH = PATH.tile[0], PATH.tile[1] * LANES
+NARROW = 16
+WIDE = max(NARROW, TILE_WIDTH)
 PAIRS = PATH.bf16
 
 # Rows of weights that a thread takes at a time, numbers (or pairs) of them, and tokens: what meets stays in a core's cache.
-BLOCK, STEPS, TOKENS = 48, 1024, 512
+BLOCK, STEPS, TOKENS = 48, PATH.steps, 512
 
 # Bytes between the rows of a block of products: not a power of two, or they would fall into a few sets of the cache.
 PRODUCT_ROW = 4 * TOKENS + 64
@@ -183,28 +185,45 @@ def multiply(matrix, begin, end, panels, tokens, first, last, arithmetic, space,
             fill_rows(matrix, begin, end, step * per, min(width, (step + count) * per), arithmetic == BFLOAT16, space, a_row)
         token = first
         while token < last:
-            wide = panel_width(token, tokens)
+            wide, to = panel_width(token, tokens), out + (token - first) * 4
             b = panels + token * steps * 4 + step * wide * 4
-            _multiply_panel(a, a_row, end - begin, b, wide, count, out + (token - first) * 4, out_row, step, pairs)
+            if direct and token == first:
+                ahead, ahead_row, ahead_step = a + TILE_ROWS * a_row, a_row, 4 * TILE_ROWS
+            else:
+                ahead = _next_panel(panels, tokens, token + wide, first, last, steps, step, count)
+                ahead_row, ahead_step = count * wide * 4 // BLOCK, wide * 4 * TILE_ROWS // BLOCK
+            ways = ahead, ahead_row, ahead_step
+            _multiply_panel(a, a_row, end - begin, b, wide, count, to, out_row, step, pairs, ways)
             token += wide
 
 
 @inline
-def _multiply_panel(a, a_row, rows, b, wide, count, c, c_row, add, pairs):
+def _next_panel(panels, tokens, token, first, last, steps, step, count):
+    """Where the numbers lie that a block of rows meets next: those of the next tokens, or the first ones' next numbers."""
+    if token >= last:
+        token, step = first, step + count
+    return panels + (token * steps + step * panel_width(token, tokens)) * 4
+
+
+@inline
+def _multiply_panel(a, a_row, rows, b, wide, count, c, c_row, add, pairs, ways):
+    """One panel; `ways` says what to fetch ahead: from where, and how many bytes go to each row and to each of its steps."""
+    ahead, ahead_row, ahead_step = ways
     if wide == WIDE or TILE_WIDTH <= NARROW:
         for column in range(0, wide, TILE_WIDTH):
             for n in range(0, rows, TILE_ROWS):
-                at, to = a + n * a_row, c + n * c_row + column * 4
+                at, to, left, then = a + n * a_row, c + n * c_row + column * 4, rows - n - 1, ahead + n * ahead_row
                 if pairs:
-                    tile_wide_pairs(at, a_row, 4, rows - n - 1, b + column * 4, wide * 4, count, to, c_row, add)
+                    tile_wide_pairs(at, a_row, 4, left, b + column * 4, wide * 4, count, to, c_row, add, then, ahead_step)
                 else:
-                    tile_wide(at, a_row, 4, rows - n - 1, b + column * 4, wide * 4, count, to, c_row, add)
+                    tile_wide(at, a_row, 4, left, b + column * 4, wide * 4, count, to, c_row, add, then, ahead_step)
         return
     for n in range(0, rows, 2 * TILE_ROWS):
+        at, to, left, then = a + n * a_row, c + n * c_row, rows - n - 1, ahead + n * ahead_row
         if pairs:
-            tile_narrow_pairs(a + n * a_row, a_row, 4, rows - n - 1, b, wide * 4, count, c + n * c_row, c_row, add)
+            tile_narrow_pairs(at, a_row, 4, left, b, wide * 4, count, to, c_row, add, then, 2 * ahead_step)
         else:
-            tile_narrow(a + n * a_row, a_row, 4, rows - n - 1, b, wide * 4, count, c + n * c_row, c_row, add)
+            tile_narrow(at, a_row, 4, left, b, wide * 4, count, to, c_row, add, then, 2 * ahead_step)
 
 
 # -- many tokens ------------------------------------------------------------------------------------------------------

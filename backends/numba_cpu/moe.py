@@ -104,7 +104,7 @@ def plan_words(choices: int, experts: int) -> int:
 
 def most_columns(choices: int, experts: int) -> int:
     """Columns that the panels of all experts take at most."""
-    return choices + (WIDE // 2 - 1) * min(choices, experts)
+    return choices + (max(NARROW, WIDE // 2) - 1) * min(choices, experts)
 
 
 @inline

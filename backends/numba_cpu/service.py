@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from npllm.backend import log_once
 from npllm.backends.numba_cpu.ahead import compile_ahead
@@ -13,6 +13,9 @@ from npllm.backends.numba_cpu.features import runnable
 from npllm.backends.numba_cpu.jit import PATH, Compiled, store
 from npllm.backends.numba_cpu.matrix import FORMATS
 from npllm.backends.numba_cpu.team import team
+
+if TYPE_CHECKING:
+    from npllm.model import Model
 
 
 class Service(Base):
@@ -29,7 +32,7 @@ class Service(Base):
             "path": PATH.name,
             "paths": [path.name for path in runnable()],
             "vector_bits": 32 * PATH.lanes,
-            "bf16_instructions": PATH.bf16,
+            "bf16_instructions": PATH.bf16 and not PATH.twin,
             "int8_instructions": PATH.int8 or None,
             "threads": self.team_size,
             "dtypes": list(self.dtypes),
@@ -50,5 +53,12 @@ class Service(Base):
             return f"{points['activations']} activations"
         return "bfloat16" if "factors" in points else self.array_dtype
 
-    def warm_up(self, progress: Callable[[int, int], None]) -> int:
-        return compile_ahead(self.team_size, progress)
+    def warm_up(self, progress: Callable[[int, int], None], model: Model | None = None) -> int:
+        return compile_ahead(self.team_size, progress, () if model is None else self._idle(model))
+
+    def _idle(self, model: Model) -> set[str]:
+        """The modules of kernels that a model has no use for."""
+        mixture = any(tensor.part == "experts" for tensor in model.spec.values())
+        latent = any(spec.latent for spec in model.architecture.cache_spec(model.config))
+        used = {"moe": mixture, "route": mixture, "latent": latent, "quantise": self.quantize is not None}
+        return {module for module, needed in used.items() if not needed}

@@ -22,6 +22,10 @@ LANES = PATH.lanes
 VF, VI, ONE = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(F32, 1)
 
 
+# Bytes that what streams by is asked for ahead of its use: at the end of each row or page, the CPU's own guesses begin anew.
+AHEAD, CACHE_LINE = 1536, 64
+
+
 class _BFloat(ir.Type):
     """LLVM's bfloat, which llvmlite's IR builder has no class for."""
 
@@ -76,6 +80,12 @@ class Emit:
         kind = ir.FunctionType(ir.VoidType(), [place.type, I32, I32, I32])
         function = cgutils.get_or_insert_function(self.b.module, kind, "llvm.prefetch.p0")
         self.b.call(function, [place, *(ir.Constant(I32, flag) for flag in (0, 3, 1))])
+
+    def stream(self, rows: Sequence[ir.Value], size: int) -> None:
+        """Ask for what lies AHEAD of some rows of which `size` bytes are about to be read."""
+        for row in rows:
+            for line in range(0, size, CACHE_LINE):
+                self.prefetch(self.at(row, AHEAD + line))
 
     def splat(self, scalar: ir.Value, lanes: int) -> ir.Value:
         vector = ir.VectorType(scalar.type, lanes)
@@ -132,7 +142,7 @@ class Emit:
 NUMBERS = {"f32": (F32, 4), "f16": (I16, 2), "bf16": (I16, 2)}
 
 # Whether the CPU converts halves; without, LLVM would call a function that may not be there.
-HALVES = PATH.name != "generic" or platform.machine().lower() in ("aarch64", "arm64")
+HALVES = bool({"f16c", "avx512f"} & set(PATH.needs)) or platform.machine().lower() in ("aarch64", "arm64")
 
 
 def from_halves(e: Emit, bits: ir.Value) -> ir.Value:
@@ -196,8 +206,20 @@ def same(kind: ir.VectorType, value: float) -> ir.Constant:
 
 def multiplied_pairs(e: Emit, total: ir.Value, x: ir.Value, y: ir.Value) -> ir.Value:
     """total + x * y of pairs of bf16 in 32-bit lanes."""
+    if PATH.twin:
+        for part in (_low_of_pairs, _high_of_pairs):
+            total = e.fma(part(e, x), part(e, y), total)
+        return total
     name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * LANES}"
     return e.call(name, VF, total, e.b.bitcast(x, VB), e.b.bitcast(y, VB))
+
+
+def _low_of_pairs(e: Emit, pairs: ir.Value) -> ir.Value:
+    return e.b.bitcast(e.b.shl(pairs, same(VI, 16)), VF)
+
+
+def _high_of_pairs(e: Emit, pairs: ir.Value) -> ir.Value:
+    return e.b.bitcast(e.b.and_(pairs, same(VI, -0x10000)), VF)
 
 
 # Independent sums of a dot product: enough to hide the latency of a multiply-add.
@@ -225,7 +247,13 @@ def _dots(e: Emit, kind: str, weights: Sequence[ir.Value], rows: Sequence[ir.Val
         return new
 
     wide = each * lanes
-    sums = e.loop(b.sdiv(count, e.i64(wide)), [e.zeros(VF)] * (each * products), lambda i, v: step(lanes, e.mul(i, wide), v))
+
+    def several(i: ir.Value, values: list[Any]) -> list[ir.Value]:
+        offset, size = e.mul(i, wide), 2 if kind == "pairs" else NUMBERS[kind][1]
+        e.stream([e.at(w, e.mul(offset, size)) for w in weights], wide * size)
+        return step(lanes, offset, values)
+
+    sums = e.loop(b.sdiv(count, e.i64(wide)), [e.zeros(VF)] * (each * products), several)
     done = e.mul(b.sdiv(count, e.i64(wide)), wide)
     rest = b.sdiv(b.sub(count, done), e.i64(lanes))
     last = e.loop(rest, sums[:products], lambda i, v: step(lanes, b.add(done, e.mul(i, lanes)), v))
@@ -273,8 +301,16 @@ def _fill(e: Emit, kind: str, pairs: bool, args: Sequence[ir.Value]) -> None:
 
 
 def narrowed(e: Emit, numbers: ir.Value) -> ir.Value:
-    """float32 numbers as bf16, by the CPU's own instruction."""
-    return e.b.fptrunc(numbers, ir.VectorType(_BFloat(), numbers.type.count))
+    """float32 numbers as bf16, ties to even."""
+    b, count = e.b, numbers.type.count
+    if not PATH.twin:
+        return b.fptrunc(numbers, ir.VectorType(_BFloat(), count))
+    wide = ir.VectorType(I32, count)
+    bits = b.bitcast(numbers, wide)
+    odd = b.and_(b.lshr(bits, same(wide, 16)), same(wide, 1))
+    rounded = b.lshr(b.add(bits, b.add(odd, same(wide, 0x7FFF))), same(wide, 16))
+    nan = b.fcmp_unordered("uno", numbers, numbers)
+    return b.trunc(b.select(nan, same(wide, 0x7FC0), rounded), ir.VectorType(I16, count))
 
 
 def _narrow(e: Emit, args: Sequence[ir.Value]) -> None:
@@ -397,21 +433,19 @@ def _tile(e: Emit, pairs: bool, rows: int, vectors: int, args: Sequence[ir.Value
     """A register tile `c[rows, W] (+)= a[rows, k] b[k, W]`, W = vectors x LANES.
 
     `a` is read a number (or a pair of bf16) at a time and spread over the lanes. Its row i lies at `a + min(i, last) a_row`,
-    so that a tile that hangs over computes its last row again. Rows of `b` and `c` are tokens side by side.
+    so that a tile that hangs over computes its last row again. Rows of `b` and `c` are tokens side by side. Meanwhile what
+    will be read next comes from memory: `ahead`, so many bytes for each step.
     """
-    a, a_row, a_step, last, b, b_step, count, c, c_row, add = args
+    a, a_row, a_step, last, b, b_step, count, c, c_row, add, ahead, ahead_step = args
     scalar, vector = (I32, VI) if pairs else (F32, VF)
     starts = [e.at(a, e.mul(e.least(last, e.i64(m)), a_row)) for m in range(rows)]
     places = [e.at(c, e.mul(c_row, m), v * LANES * 4) for m in range(rows) for v in range(vectors)]
     adds = e.b.icmp_signed("!=", add, e.i64(0))
     old = [e.b.select(adds, e.load(VF, place, 4), e.zeros(VF)) for place in places]
 
-    # Meanwhile the rows of the next tile come from memory: their bytes, which lie without gaps, over the steps of this one.
-    ahead = e.at(a, e.mul(a_row, rows))
-
     def body(k: ir.Value, values: list[Any]) -> list[ir.Value]:
         row, offset, new = e.at(b, e.mul(k, b_step)), e.mul(k, a_step), []
-        e.prefetch(e.at(ahead, e.mul(k, rows * 4)))
+        e.prefetch(e.at(ahead, e.mul(k, ahead_step)))
         columns = [e.load(vector, e.at(row, v * LANES * 4), 4) for v in range(vectors)]
         for m in range(rows):
             x = e.splat(e.load(scalar, e.at(starts[m], offset), 4), LANES)
@@ -435,23 +469,23 @@ def emitting(result: Any, arguments: int, emit: Callable[..., Any]) -> Any:
 
 
 @intrinsic
-def tile_wide(typingctx, a, a_row, a_step, last, b, b_step, count, c, c_row, add):
-    return emitting(types.void, 10, lambda e, args: _tile(e, False, *PATH.tile, args))
+def tile_wide(typingctx, a, a_row, a_step, last, b, b_step, count, c, c_row, add, ahead, ahead_step):
+    return emitting(types.void, 12, lambda e, args: _tile(e, False, *PATH.tile, args))
 
 
 @intrinsic
-def tile_narrow(typingctx, a, a_row, a_step, last, b, b_step, count, c, c_row, add):
-    return emitting(types.void, 10, lambda e, args: _tile(e, False, 2 * PATH.tile[0], 1, args))
+def tile_narrow(typingctx, a, a_row, a_step, last, b, b_step, count, c, c_row, add, ahead, ahead_step):
+    return emitting(types.void, 12, lambda e, args: _tile(e, False, 2 * PATH.tile[0], 1, args))
 
 
 @intrinsic
-def tile_wide_pairs(typingctx, a, a_row, a_step, last, b, b_step, count, c, c_row, add):
-    return emitting(types.void, 10, lambda e, args: _tile(e, True, *PATH.tile, args))
+def tile_wide_pairs(typingctx, a, a_row, a_step, last, b, b_step, count, c, c_row, add, ahead, ahead_step):
+    return emitting(types.void, 12, lambda e, args: _tile(e, True, *PATH.tile, args))
 
 
 @intrinsic
-def tile_narrow_pairs(typingctx, a, a_row, a_step, last, b, b_step, count, c, c_row, add):
-    return emitting(types.void, 10, lambda e, args: _tile(e, True, 2 * PATH.tile[0], 1, args))
+def tile_narrow_pairs(typingctx, a, a_row, a_step, last, b, b_step, count, c, c_row, add, ahead, ahead_step):
+    return emitting(types.void, 12, lambda e, args: _tile(e, True, 2 * PATH.tile[0], 1, args))
 
 
 @intrinsic

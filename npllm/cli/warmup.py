@@ -1,7 +1,7 @@
 """`npllm warmup`: compile now what would be compiled at the first use, so that the first answer need not wait for it.
 
-Without a model, everything that the backend may ever need, by several processes at once. With one, what that model needs, by
-answering a few prompts with it.
+Several processes compile at once: everything that the backend may ever need, or with a model, what that one needs; it then
+answers a few prompts, to see that nothing is left.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         llm = options.load_model(args)
         be, before = llm.backend, _kept(llm.backend)
+        be.warm_up(_show, llm.model)
+        _show(0, 0)
         answer(llm)
         count = _kept(be) - before
     output.write(f"{_outcome(be, count, time.perf_counter() - start)}\n")

@@ -1,5 +1,6 @@
 """Kernels read and write nothing but their arrays: every case with its arrays between pages that cannot be touched."""
 
+import os
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 pytest.importorskip("numba")
 
 from npllm.backends.numba_cpu.features import runnable
-from tests.numba import guards
+from tests.numba import guarded, guards
 from tests.numba.work import conformance_on
 
 every_side = pytest.mark.parametrize("side", guards.SIDES)
@@ -50,3 +51,24 @@ SAMPLE = 2
 def test_kernels_keep_to_their_arrays(side: str) -> None:
     best = runnable()[0].name
     conformance_on(best, "stored", ["bf16"], guard=side, every=SAMPLE).raise_on_failure()
+
+
+def test_models_keep_to_their_arrays() -> None:
+    """Steps with rows of every length, where operations meet that no case of the kit brings together."""
+    guarded_tests("rows_of_every_length", "after")
+
+
+@pytest.mark.full
+@every_side
+def test_random_models_keep_to_their_arrays(side: str) -> None:
+    guarded_tests("model or rows or batch", side)
+
+
+def guarded_tests(chosen: str, side: str) -> None:
+    """Run tests of test_pairs.py in a process of their own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "tests.numba.guarded", "-p", "no:cacheprovider"]
+    environment = os.environ | {guarded.VARIABLE: side}
+    told = subprocess.run(
+        [*command, "tests/numba/test_pairs.py", "-k", chosen], env=environment, capture_output=True, text=True, check=False
+    )
+    assert told.returncode == 0, told.stdout[-2000:] + told.stderr[-2000:]
