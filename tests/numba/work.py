@@ -6,8 +6,10 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from npllm.testing.conformance import Conformity, Maker, conformity, trials
+from npllm.backend import Backend
+from npllm.testing.conformance import MODEL, Conformity, Maker, conformity, policy, trials
 from npllm.testing.isolate import Trial, reports
+from npllm.testing.operation import operation
 from npllm.testing.report import Report, Suite
 
 
@@ -35,12 +37,18 @@ class OnPath:
             guards.install(self.guard)
 
         def check(trial: Trial) -> Report:
-            report = conformity(NumbaBackend, trial, self.limit_s)
+            report = conformity(NumbaBackend, declared(NumbaBackend(trial.dtype), trial), self.limit_s)
             if guards.overwritten():
                 return replace(report, problem="crashed", message="wrote behind the end of an array")
             return report
 
         return check
+
+
+def declared(be: Backend, trial: Trial) -> Trial:
+    """The trial with the rounding points that the backend has here, and not where the trial was made."""
+    drawn = {} if trial.operation == MODEL else {case.id: case for case in operation(trial.operation).cases}
+    return trial._replace(rounding=policy(be, trial.rounding.inputs, trial.operation, drawn.get(trial.case)))
 
 
 def conformance_on(
