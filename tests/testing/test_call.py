@@ -1,6 +1,7 @@
 """What is between a check and somebody's callable: its arguments, its faults, its results."""
 
 import functools
+import re
 import time
 from collections import namedtuple
 from typing import Any
@@ -158,7 +159,11 @@ def test_memory_that_a_kernel_allocates_is_not_the_truth() -> None:
 
     report = check("rms_norm", partly, CASE, "bf16")
     assert report.problem in ("non-finite", "bound")
-    assert "feature 127" in report.message
+    # How many are left as they were depends on what the allocator gave away meanwhile.
+    unwritten = re.search(
+        r"memory that was never written in \d+ of 32,768 elements, the first at row \d+, feature 127", report.message
+    )
+    assert unwritten or "where: only feature 127" in report.message
 
 
 def test_a_kernel_cannot_find_its_last_answer_in_memory() -> None:
