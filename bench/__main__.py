@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
         verbs[name].add_argument("--rounds", type=int, default=rounds, help=text)
     verbs["detection"].add_argument("--only", default="", metavar="OPERATION", help="one operation (default: all)")
     verbs["detection"].add_argument("--seed", type=int, help="of the inputs (default: one that nobody has seen)")
-    text = "a Python that has package gguf (default: this one)"
+    text = "a Python that has packages gguf and llama-cpp-python (default: this one)"
     verbs["quality"].add_argument("--python", default=sys.executable, help=text)
     add_peers(verbs["peers"])
     add_numba(verbs["numba"])

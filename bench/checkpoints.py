@@ -60,12 +60,12 @@ def values_of(shape: str) -> dict[str, Any]:
     return SHAPES[name] | (TINY if name != shape else {})
 
 
-def checkpoint(folder: Path, shape: str) -> Path:
-    """The folder of a model of a shape, below `folder`; written if it is not there yet."""
-    place = folder / shape
+def checkpoint(folder: Path, shape: str, **changes: Any) -> Path:
+    """The folder of a model of a shape, below `folder`; written if it is not there yet. `changes` to its config.json."""
+    place = folder / "-".join([shape, *(f"{name}-{value}" for name, value in changes.items())])
     if (place / "config.json").is_file():
         return place
-    values = values_of(shape)
+    values = values_of(shape) | changes
     described = interpret(values, shape)
     spec = described.architecture.weight_spec(described.config)
     tensors: dict[str, Outgoing] = {}

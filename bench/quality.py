@@ -9,13 +9,16 @@ perplexity  of the answers.
 
 Of 8 bits, a hundredth of the answers makes up half of the shipped model's KL: a difference of a tenth there is noise.
 
-A policy is a dtype of the Numba backend, for weights as stored, in q8 or in q4. "Q8_0" and "Q4_0" are llama.cpp's formats
-of the same bits with all matrices in them, embedding and tied head too (llama-quantize --pure): package `gguf` quantises the
-same weights, and the canon computes in float32 with what they stand for. llama.cpp rounds activations to 8 bits besides.
+A policy is a dtype of the Numba backend, for weights as stored, in q8 or in q4. Texts are scored as prompts, and "decoded":
+each token of the answer in a step of its own, where few bits mean that activations are rounded to 8 bits as well. "Q8_0" and
+"Q4_0" are llama.cpp's formats of the same bits with all matrices in them, embedding and tied head too (llama-quantize
+--pure): package `gguf` quantises the same weights, and the canon computes in float32 with what they stand for. "llama.cpp
+Q8_0, decoded" is llama.cpp itself, which rounds activations to 8 bits and keeps keys and values in float16.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import sys
@@ -28,24 +31,23 @@ from typing import Any
 import numpy as np
 
 from bench.canon import about
+from bench.checkpoints import checkpoint
+from bench.processes import ROOT, Contestant
 from npllm.arrays import Array
 from npllm.backend import Backend
-from npllm.bench import SHAPES
-from npllm.blocks.dtypes import round_to_bfloat16
 from npllm.checkpoint import Checkpoint
 from npllm.grouped import marked
-from npllm.handles import Handle, Stack, Weight
+from npllm.handles import Handle, Weight
 from npllm.llm import LLM
 from npllm.loading import locate
+from npllm.machine import cores
 from npllm.matching import match
 from npllm.model import Model
-from npllm.models import Described, interpret, read_config
+from npllm.models import Described, read_config
 from npllm.registry import get_backend
 from npllm.sampling import log_softmax
 from npllm.tokenizer import Tokenizer
-from npllm.weights import build_tree, random_weights
-
-ROOT = Path(__file__).parent.parent
+from npllm.weights import build_tree
 
 # Questions of each kind; random tokens; layers of the shape.
 QUESTIONS, TOKENS, LAYERS = 500, 64, 4
@@ -56,6 +58,7 @@ OURS = {
     "q8 float32": ("float32", "q8"), "q8 stored": ("stored", "q8"),
     "q4 float32": ("float32", "q4"), "q4 stored": ("stored", "q4"),
 }  # fmt: skip
+DECODED = ("stored", "q8 stored", "q4 stored")
 THEIRS = {"Q8_0": "q8", "Q4_0": "q4"}
 
 # Puts in the place of float32 matrices what they stand for after quantising; needs package gguf.
@@ -73,33 +76,38 @@ Text = tuple[list[int], int]
 
 
 def run(shape: str, python: str) -> dict[str, Any]:
-    """All figures; `python` has package gguf."""
-    described = interpret(SHAPES[shape] | {"num_hidden_layers": LAYERS}, shape)
-    generator = np.random.default_rng(0)
-    tokens = generator.integers(0, described.config.vocab_size, TOKENS).tolist()
-    models = {
-        "shipped": (read_config(locate(None)), shipped_handles(), questions()),
-        "shape": (described, bfloat16_weights(described), [(tokens, 1)]),
-    }
+    """All figures; `python` has packages gguf and llama-cpp-python."""
+    with tempfile.TemporaryDirectory() as work:
+        real = checkpoint(Path(work), shape, num_hidden_layers=LAYERS)
+        tokens = np.random.default_rng(0).integers(0, read_config(real).config.vocab_size, TOKENS).tolist()
+        figures = {
+            "shipped": compare(locate(None), questions(), python),
+            "shape": compare(real, [(tokens, 1)], python),
+        }
     return {
-        "schema": "npllm.bench.quality/1",
+        "schema": "npllm.bench.quality/2",
         "layers": f"{shape}, {LAYERS} layers",
         **about(),
         "answers": 2 * QUESTIONS,
-        **{name: compare(*model, python) for name, model in models.items()},
+        **figures,
     }
 
 
-def compare(described: Described, handles: dict[str, Handle], texts: Sequence[Text], python: str) -> dict[str, Any]:
-    """Policy -> its figures."""
+def compare(folder: Path, texts: Sequence[Text], python: str) -> dict[str, Any]:
+    """Policy -> its figures, for the Qwen3 model in a folder."""
+    described = read_config(folder)
+    handles = match(described, Checkpoint(folder, described.block))
     reference = list(logits(made(described, handles, Backend()), texts))
     figures = {"canon": measured(reference, reference, texts)}
     for name, (dtype, quantize) in OURS.items():
         llm = made(described, handles, get_backend("numba", dtype=dtype, quantize=quantize))
         figures[name] = measured(logits(llm, texts), reference, texts)
+        if name in DECODED:
+            figures[f"{name}, decoded"] = measured(decoded(llm, texts), reference, texts)
     for name, ours in THEIRS.items():
         llm = made(described, rounded(described, handles, name, ours, python), Backend())
         figures[name] = measured(logits(llm, texts), reference, texts)
+        figures[f"llama.cpp {name}, decoded"] = measured(llama_cpp(folder, name, texts, python), reference, texts)
     return figures
 
 
@@ -112,22 +120,6 @@ def made(described: Described, handles: dict[str, Handle], be: Backend) -> LLM:
         handles = marked(spec, handles, be.quantize)
     tree = build_tree(spec, handles, be.prepare)
     return LLM(Model(described.architecture, described.config, tree, spec), be)
-
-
-def shipped_handles() -> dict[str, Handle]:
-    described = read_config(locate(None))
-    return match(described, Checkpoint(locate(None), described.block))
-
-
-def bfloat16_weights(described: Described) -> dict[str, Handle]:
-    spec = described.architecture.weight_spec(described.config)
-    return {name: in_bfloat16(handle) for name, handle in random_weights(spec).items()}
-
-
-def in_bfloat16(handle: Handle) -> Handle:
-    if isinstance(handle, Stack):
-        return replace(handle, weights=tuple(map(in_bfloat16, handle.weights)))
-    return replace(handle, format="bf16", data=round_to_bfloat16(np, handle.data))
 
 
 def rounded(described: Described, handles: dict[str, Handle], theirs: str, ours: str, python: str) -> dict[str, Handle]:
@@ -179,6 +171,35 @@ def logits(llm: LLM, texts: Sequence[Text]) -> Iterator[Array]:
     """For each text the logits [T, N] that predict its tokens from the given position on."""
     for tokens, begin in texts:
         yield llm.forward([tokens])[0, begin - 1 : -1]
+
+
+def decoded(llm: LLM, texts: Sequence[Text]) -> Iterator[Array]:
+    """The same logits where the tokens from there on come one by one, as in generation."""
+    be, cache = llm.backend, llm.new_cache()
+    for tokens, begin in texts:
+        slot, found = cache.add(), []
+        for piece in [tokens[:begin], *([each] for each in tokens[begin:-1])]:
+            rows = cache.plan([slot], [len(piece)], [True])
+            found.append(be.to_numpy(llm.model.run(be, be.asarray(np.array(piece)), rows, cache))[0].copy())
+        cache.free(slot)
+        yield np.array(found)
+
+
+def llama_cpp(folder: Path, kind: str, texts: Sequence[Text], python: str) -> Iterator[Array]:
+    """The same of llama.cpp, on the weights of a Qwen3 folder in a format of its own."""
+    with tempfile.TemporaryDirectory() as work:
+        file, asked, answer = Path(work) / "model.gguf", Path(work) / "texts.json", Path(work) / "logits.npy"
+        command = [python, "-m", "bench.contestants.gguf_file", str(folder), str(file), kind]
+        subprocess.run(command, cwd=ROOT, check=True)
+        asked.write_text(json.dumps(texts))
+        settings = {"file": str(file), "threads": cores(), "context": 1024, "batch": 1024}
+        one = Contestant("llama_cpp_model", settings, python, cores(), Path(work) / "log")
+        try:
+            one.ask("decoded", texts=str(asked), path=str(answer))
+        finally:
+            one.close()
+        lengths = [len(tokens) - begin for tokens, begin in texts]
+        yield from np.split(np.load(answer), np.cumsum(lengths)[:-1])
 
 
 def measured(got: Iterable[Array], reference: Sequence[Array], texts: Sequence[Text]) -> dict[str, float]:

@@ -40,8 +40,8 @@ from npllm.backends.numba_cpu.attention_job import (
 )
 from npllm.backends.numba_cpu.attention_vectors import SCORES, score, top, weigh
 from npllm.backends.numba_cpu.jit import inline, kernel
-from npllm.backends.numba_cpu.linear import clear
 from npllm.backends.numba_cpu.memory import f32, real, word
+from npllm.backends.numba_cpu.panels import clear
 from npllm.backends.numba_cpu.team import next_chunk, scratch
 from npllm.backends.numba_cpu.vectors import LANES
 

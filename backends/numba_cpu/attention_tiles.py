@@ -56,10 +56,11 @@ from npllm.backends.numba_cpu.attention_vectors import (
     soften_pairs,
 )
 from npllm.backends.numba_cpu.jit import inline, kernel
-from npllm.backends.numba_cpu.linear import NARROW, PAIRS, TILE_ROWS, TILE_WIDTH, WIDE, clear, panel_width, turned
 from npllm.backends.numba_cpu.memory import f32, i32, real, u16, u32, word
-from npllm.backends.numba_cpu.source import bf16, round_row
+from npllm.backends.numba_cpu.panels import NARROW, TILE_WIDTH, WIDE, clear, panel_width, turned
+from npllm.backends.numba_cpu.source import PAIRS, bf16, round_row
 from npllm.backends.numba_cpu.team import SCRATCH_BYTES, next_chunk, scratch
+from npllm.backends.numba_cpu.tiles import TILE_ROWS
 from npllm.backends.numba_cpu.vectors import (
     LANES,
     from_bits,

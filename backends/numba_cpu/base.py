@@ -12,9 +12,10 @@ from npllm import parallel
 from npllm.arrays import Array
 from npllm.backend import RMS, Backend, Norm
 from npllm.backends.numba_cpu import quantise, source, tape
-from npllm.backends.numba_cpu.linear import BFLOAT16, FLOAT32, INT8, PAIRS
+from npllm.backends.numba_cpu.arithmetic import BFLOAT16, FLOAT32, INT8
 from npllm.backends.numba_cpu.matrix import FORMATS, WIDEST, Matrix
 from npllm.backends.numba_cpu.recording import Recorded, Recorder
+from npllm.backends.numba_cpu.source import PAIRS
 from npllm.backends.numba_cpu.stack import stacked
 from npllm.backends.numba_cpu.team import aligned, team
 from npllm.cache import Keys, Rows

@@ -12,44 +12,30 @@ import numpy as np
 from npllm.arrays import Array
 from npllm.backend import Norm, accelerates
 from npllm.backends.numba_cpu.activations import ACTIVATIONS, activate
+from npllm.backends.numba_cpu.arithmetic import BFLOAT16, INT8, INTEGERS, panelled, prepare_row
 from npllm.backends.numba_cpu.base import at
+from npllm.backends.numba_cpu.dots import multiply_rows, together
+from npllm.backends.numba_cpu.integer_tiles import ROWS_OF_GROUP, quantise_columns
+from npllm.backends.numba_cpu.integers import GROUP
 from npllm.backends.numba_cpu.jit import inline, kernel
-from npllm.backends.numba_cpu.linear import (
-    ACTIVATIONS as AFTER_PRODUCTS,
-)
-from npllm.backends.numba_cpu.linear import (
-    BFLOAT16,
-    BLOCK,
-    NARROW,
-    PAIRS,
-    PRODUCT_ROW,
-    STREAM,
-    TOKENS,
-    WIDENED,
-    _prepare_row,
-    clear,
-    dots,
-    multiply,
-    pack,
-    panel_bytes,
-    panel_width,
-    panelled,
-    steps_of,
-)
+from npllm.backends.numba_cpu.linear import STREAM
 from npllm.backends.numba_cpu.matrix import COLUMNS, ROW_BYTES, ROWS
 from npllm.backends.numba_cpu.memory import f32, u32, word
+from npllm.backends.numba_cpu.panels import NARROW, clear, pack, panel_bytes, panel_width, steps_of
 from npllm.backends.numba_cpu.products import FEW, Products, unprepared
-from npllm.backends.numba_cpu.source import COUNT, FORM, SOURCE_WORDS, WIDTH, bf16, read_row, rounded
+from npllm.backends.numba_cpu.source import COUNT, FORM, PAIRS, SOURCE_WORDS, WIDTH, bf16, read_row, rounded
 from npllm.backends.numba_cpu.tape import entry
 from npllm.backends.numba_cpu.team import next_chunk, scratch
+from npllm.backends.numba_cpu.tiles import AFTER, PRODUCT_ROW, TOKENS, WIDENED, multiply
+from npllm.backends.numba_cpu.vectors import BLOCK, TOGETHER
 from npllm.weights import MLP, GatedFFN, Linear
 
 # What hidden features are made by, HIDDEN_WORDS of a kernel's arguments: the products' arithmetic and the activation; gate
 # and up as descriptions of matrices and biases, or 0. Without `up` they are `act(gate)`.
 ARITHMETIC, ACT, GATE, GATE_BIAS, UP, UP_BIAS, HIDDEN_WORDS = range(7)
 
-# Rows of a block at most, where tokens are few.
-MOST_ROWS = 512
+# Rows of a block at most, where tokens are few, and products that are in memory at once.
+MOST_ROWS, AT_ONCE = 512, 2048
 
 # -- few tokens -------------------------------------------------------------------------------------------------------
 
@@ -63,17 +49,15 @@ def hidden_few(args, team, thread, threads):
     space, row_bytes = scratch(team, thread), row_room(width)
     for m in range(tokens):
         read_row(args, m, space + m * row_bytes)
-        _prepare_row(space + m * row_bytes, width, arithmetic)
+        prepare_row(space + m * row_bytes, width, arithmetic)
     rows, per, room = word(gate, ROWS), block_rows(gate), space + tokens * row_bytes
-    biases = word(layer, GATE_BIAS), word(layer, UP_BIAS)
+    words = arithmetic, word(layer, ACT), gate, word(layer, GATE_BIAS), word(layer, UP), word(layer, UP_BIAS)
     while True:
         begin = next_chunk(team) * per
         if begin >= rows:
             break
-        hidden_rows(
-            gate, word(layer, UP), biases, begin, min(rows, begin + per), space, row_bytes, tokens, arithmetic,
-            word(layer, ACT), room, hidden + begin * 4, hidden_row,
-        )  # fmt: skip
+        end = min(rows, begin + per)
+        hidden_rows(team, words, begin, end, space, row_bytes, tokens, room, hidden + begin * 4, hidden_row)
 
 
 @inline
@@ -89,23 +73,26 @@ def block_rows(matrix):
 
 
 @inline
-def hidden_rows(gate, up, biases, begin, end, x, x_row, tokens, arithmetic, act, room, out, out_row):
-    """Hidden features begin..end of some tokens whose prepared activations lie at `x`; `room` has space for another row.
+def hidden_rows(team, layer, begin, end, x, x_row, tokens, room, out, out_row):
+    """Hidden features begin..end of some tokens whose prepared activations lie at `x`.
 
-    Rows of `x` and of `out`, which takes the features of a token each, are so many bytes apart.
+    `layer` are the words of HIDDEN_WORDS. Rows of `x` and of `out`, which takes the features of a token each, are so many
+    bytes apart; `room` has space for TOGETHER more of `x`, and for AT_ONCE products.
     """
-    count, products = end - begin, room + row_room(word(gate, COLUMNS))
-    # One loop for both, or all products would be compiled twice.
-    for part in range(2 if up else 1):
-        matrix, bias = (up, biases[1]) if part else (gate, biases[0])
-        for n in range(begin, end):
-            dots(matrix, n, x, x_row, tokens, arithmetic, room, products)
+    gate, up, arithmetic, act = layer[GATE], layer[UP], layer[ARITHMETIC], layer[ACT]
+    products, per = room + TOGETHER * row_room(word(gate, COLUMNS)), max(1, AT_ONCE // together(tokens))
+    for first in range(begin, end, per):
+        count, to = min(per, end - first), out + (first - begin) * 4
+        for part in range(2 if up else 1):
+            matrix, bias = (up, layer[UP_BIAS]) if part else (gate, layer[GATE_BIAS])
+            multiply_rows(team, matrix, first, first + count, x, x_row, tokens, arithmetic, room, products)
             for m in range(tokens):
-                y, product = f32(out + m * out_row, count), f32(products, tokens)[m] + bias_of(bias, n)
-                y[n - begin] = y[n - begin] * product if part else product
-        if part == 0:
-            for m in range(tokens):
-                activate(act, out + m * out_row, count)
+                y, product = f32(to + m * out_row, count), f32(products, count, together(tokens))
+                for i in range(count):
+                    value = product[i, m] + bias_of(bias, first + i)
+                    y[i] = y[i] * value if part else value
+                if part == 0:
+                    activate(act, to + m * out_row, count)
 
 
 @inline
@@ -123,43 +110,60 @@ def hidden_packed(args, team, thread, threads):
     """
     panels, tokens = word(args, HIDDEN_WORDS), word(args, HIDDEN_WORDS + 1)
     hidden, prepared = word(args, HIDDEN_WORDS + 2), word(args, HIDDEN_WORDS + 3)
-    gate, up, arithmetic, act = word(args, GATE), word(args, UP), word(args, ARITHMETIC), word(args, ACT)
-    rows, space = word(gate, ROWS), scratch(team, thread)
+    gate, up, biases = word(args, GATE), word(args, UP), (word(args, GATE_BIAS), word(args, UP_BIAS))
+    layer = word(args, ARITHMETIC), word(args, ACT), gate, biases[0], up, biases[1]
+    rows, per = word(gate, ROWS), features_of(prepared)
     while True:
-        begin = next_chunk(team) * BLOCK
+        begin = next_chunk(team) * per
         if begin >= rows:
             break
-        end = min(rows, begin + BLOCK)
-        biases = word(args, GATE_BIAS), word(args, UP_BIAS)
-        for first in range(0, tokens, TOKENS):
-            last = min(tokens, first + TOKENS)
-            hidden_block(gate, up, biases, begin, end, panels, tokens, first, last, arithmetic, act, space)
-            store_hidden(space, begin, end, first, last, tokens, hidden, steps_of(rows, prepared), prepared)
+        hidden_panels(team, thread, layer, begin, min(rows, begin + per), panels, tokens, hidden, rows, prepared)
 
 
 @inline
-def hidden_block(gate, up, biases, begin, end, panels, tokens, first, last, arithmetic, act, space):
-    """Features begin..end of tokens first..last as [BLOCK, TOKENS] at `space`, a thread's scratch memory."""
-    count = last - first
-    for part in range(2 if up else 1):
-        matrix, bias_at = (up, biases[1]) if part else (gate, biases[0])
-        products = space + AFTER_PRODUCTS if part else space
-        multiply(matrix, begin, end, panels, tokens, first, last, arithmetic, space + WIDENED, products, PRODUCT_ROW)
+def features_of(prepared):
+    """Hidden features that a thread takes at a time: whole groups, where they are quantised."""
+    return 2 * BLOCK if panelled(prepared) == INT8 else BLOCK
+
+
+@inline
+def hidden_panels(team, thread, layer, begin, end, panels, tokens, hidden, rows, prepared):
+    """Features begin..end (at most `features_of`) of `rows`, of all tokens, from their panels to those at `hidden`.
+
+    `layer` are the words of HIDDEN_WORDS.
+    """
+    space = scratch(team, thread)
+    for first in range(0, tokens, TOKENS):
+        last = min(tokens, first + TOKENS)
+        for n in range(begin, end, BLOCK):
+            block = space + (n - begin) * PRODUCT_ROW
+            _hidden_block(team, layer, n, min(end, n + BLOCK), panels, tokens, first, last, space, block)
+        _store_hidden(space, begin, end, first, last, tokens, hidden, steps_of(rows, prepared), panelled(prepared))
+
+
+@inline
+def _hidden_block(team, layer, begin, end, panels, tokens, first, last, space, block):
+    """Features begin..end of tokens first..last as [BLOCK, TOKENS] at `block`."""
+    count, arithmetic = last - first, layer[ARITHMETIC]
+    for part in range(2 if layer[UP] else 1):
+        matrix, bias_at = (layer[UP], layer[UP_BIAS]) if part else (layer[GATE], layer[GATE_BIAS])
+        products = space + AFTER if part else block
+        multiply(team, matrix, begin, end, panels, tokens, first, last, arithmetic, space + WIDENED, products)
         for n in range(begin, end):
             place, bias = products + (n - begin) * PRODUCT_ROW, bias_of(bias_at, n)
-            y, gated = f32(place, count), f32(space + (n - begin) * PRODUCT_ROW, count)
+            y, gated = f32(place, count), f32(block + (n - begin) * PRODUCT_ROW, count)
             for i in range(count):
                 y[i] += bias
             if part:
                 for i in range(count):
                     gated[i] *= y[i]
             else:
-                activate(act, place, count)
+                activate(layer[ACT], place, count)
 
 
 @inline
-def store_hidden(block, begin, end, first, last, tokens, hidden, steps, arithmetic):
-    """A block [features, tokens] goes to the panels at `hidden`, `steps` rows each; begin is even."""
+def _store_hidden(block, begin, end, first, last, tokens, hidden, steps, arithmetic):
+    """Features [features, tokens] go to the panels at `hidden`, `steps` rows each; begin is even."""
     if (end - begin) % 2:
         clear(block + (end - begin) * PRODUCT_ROW, last - first + NARROW)
     token = first
@@ -171,7 +175,12 @@ def store_hidden(block, begin, end, first, last, tokens, hidden, steps, arithmet
 
 @inline
 def _store_columns(block, begin, end, panel, wide, arithmetic):
-    if PAIRS and panelled(arithmetic) == BFLOAT16:
+    if INTEGERS and arithmetic == INT8:
+        for n in range(begin, end, GROUP):
+            to = panel + n // GROUP * ROWS_OF_GROUP * wide * 4
+            quantise_columns(block + (n - begin) * PRODUCT_ROW, PRODUCT_ROW, wide, to, wide * 4)
+        return
+    if PAIRS and arithmetic == BFLOAT16:
         for n in range(0, end - begin, 2):
             low, high = f32(block + n * PRODUCT_ROW, wide), f32(block + (n + 1) * PRODUCT_ROW, wide)
             pairs = u32(panel + (begin + n) // 2 * wide * 4, wide)

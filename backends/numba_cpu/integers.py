@@ -66,28 +66,26 @@ def summed(e: Emit, total: ir.Value, pairs: Pairs) -> ir.Value:
 
     Where SIXTEEN, four products of the largest numbers must fit into 16 bits.
     """
+    begin = e.zeros(ir.VectorType(I16, 2 * total.type.count)) if SIXTEEN else total
+    sums = functools.reduce(lambda sums, pair: dot_bytes(e, sums, *pair), pairs, begin)
+    return e.b.add(total, sum_pairs(e, sums)) if SIXTEEN else sums
+
+
+def dot_bytes(e: Emit, total: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
+    """total + the products of unsigned with signed bytes: of four in each lane of 32 bits; where SIXTEEN, of two in 16."""
     if SIXTEEN:
-        return e.b.add(total, _summed_sixteen(e, pairs))
-    for unsigned, signed in pairs:
-        if PATH.int8:
-            name, kind = f"llvm.x86.avx512.vpdpbusd.{32 * total.type.count}", total.type
-            total = e.call(name, kind, total, e.b.bitcast(unsigned, kind), e.b.bitcast(signed, kind))
-        else:
-            total = e.b.add(total, _summed_anywhere(e, unsigned, signed))
-    return total
+        name = {128: "ssse3.pmadd.ub.sw.128", 256: "avx2.pmadd.ub.sw", 512: "avx512.pmaddubs.w.512"}[8 * unsigned.type.count]
+        return e.b.add(total, e.call(f"llvm.x86.{name}", total.type, unsigned, signed))
+    if PATH.int8:
+        name, kind = f"llvm.x86.avx512.vpdpbusd.{32 * total.type.count}", total.type
+        return e.call(name, kind, total, e.b.bitcast(unsigned, kind), e.b.bitcast(signed, kind))
+    return e.b.add(total, _summed_anywhere(e, unsigned, signed))
 
 
-def _summed_sixteen(e: Emit, pairs: Pairs) -> ir.Value:
-    """By `vpmaddubsw`, then `vpmaddwd` with ones."""
-    size = pairs[0][0].type.count
-    halves, wholes, at = ir.VectorType(I16, size // 2), ir.VectorType(I32, size // 4), 8 * size
-    first, then = {
-        128: ("ssse3.pmadd.ub.sw.128", "sse2.pmadd.wd"),
-        256: ("avx2.pmadd.ub.sw", "avx2.pmadd.wd"),
-        512: ("avx512.pmaddubs.w.512", "avx512.pmaddw.d.512"),
-    }[at]
-    twos = [e.call(f"llvm.x86.{first}", halves, unsigned, signed) for unsigned, signed in pairs]
-    return e.call(f"llvm.x86.{then}", wholes, functools.reduce(e.b.add, twos), same(halves, 1))
+def sum_pairs(e: Emit, sums: ir.Value, times: int = 1) -> ir.Value:
+    """The sums of neighbouring lanes of 16 bits, so many times, in 32, where SIXTEEN."""
+    name = {8: "sse2.pmadd.wd", 16: "avx2.pmadd.wd", 32: "avx512.pmaddw.d.512"}[sums.type.count]
+    return e.call(f"llvm.x86.{name}", ir.VectorType(I32, sums.type.count // 2), sums, same(sums.type, times))
 
 
 def _summed_anywhere(e: Emit, unsigned: ir.Value, signed: ir.Value) -> ir.Value:

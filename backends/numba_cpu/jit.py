@@ -123,6 +123,22 @@ def kernel(form: str) -> Callable[[Callable[[int, int, int, int], None]], Kernel
     return functools.partial(Kernel, form=form)
 
 
+class Called(Compiled):
+    """A function that kernels call by its address, so that it is compiled once and not into each of them."""
+
+    # All that there are, in the places at which a team keeps their addresses.
+    places: dict[int, Called] = {}  # noqa: RUF012 (it is meant to be shared)
+
+    def __init__(self, function: Callable[..., None], place: int, arguments: int) -> None:
+        super().__init__(function, types.void(*[types.intp] * arguments))
+        self.places[place] = self
+
+
+def called(place: int, arguments: int) -> Callable[[Callable[..., None]], Called]:
+    """Decorate a function of so many integers; kernels call it with `call(function_at(team, place), its arguments)`."""
+    return functools.partial(Called, place=place, arguments=arguments)
+
+
 def native(arguments: int) -> Callable[[Any], Any]:
     """Decorate a function of so many integers that Python calls and that lets other threads run meanwhile."""
     integers = [types.intp] * arguments

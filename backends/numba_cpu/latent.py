@@ -14,9 +14,9 @@ from npllm.backend import RMS, accelerates
 from npllm.backends.numba_cpu.attention_vectors import SCORES, score, weigh
 from npllm.backends.numba_cpu.base import at
 from npllm.backends.numba_cpu.jit import inline, kernel
-from npllm.backends.numba_cpu.linear import clear, pack, panel_bytes
 from npllm.backends.numba_cpu.matrix import BF16, COLUMNS, DATA, F32, FORMAT, ROW_BYTES, ROWS
 from npllm.backends.numba_cpu.memory import f32, word
+from npllm.backends.numba_cpu.panels import clear, pack, panel_bytes
 from npllm.backends.numba_cpu.products import Products, unprepared
 from npllm.backends.numba_cpu.rope import _turn_halves, _turn_interleaved
 from npllm.backends.numba_cpu.rows import fill_rows

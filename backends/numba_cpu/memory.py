@@ -116,6 +116,20 @@ def call_kernel(typingctx, address, args, team, thread, threads):
 
 
 @intrinsic
+def call(typingctx, address, arguments):
+    """Call the function at `address` with a tuple of integers."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        given = cgutils.unpack_tuple(builder, values[1], len(arguments))
+        whole = [context.cast(builder, x, kind, types.intp) for x, kind in zip(given, arguments, strict=True)]
+        kind = ir.FunctionType(VOID, [I64] * len(whole))
+        builder.call(builder.inttoptr(values[0], ir.PointerType(kind)), whole)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, arguments), codegen
+
+
+@intrinsic
 def call_c(typingctx, address, pointer, flag):
     """Call the C function at `address` with a pointer and an int; one that takes less ignores them."""
 

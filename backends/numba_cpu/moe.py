@@ -15,33 +15,20 @@ import numpy as np
 from npllm.arrays import Array
 from npllm.backend import accelerates
 from npllm.backends.numba_cpu.activations import ACTIVATIONS
+from npllm.backends.numba_cpu.arithmetic import FLOAT32, before_panels, prepare_row
 from npllm.backends.numba_cpu.base import Base, at
-from npllm.backends.numba_cpu.ffn import block_rows, hidden_block, hidden_rows, row_room, store_hidden
+from npllm.backends.numba_cpu.dots import multiply_rows, together
+from npllm.backends.numba_cpu.ffn import block_rows, features_of, hidden_panels, hidden_rows, row_room
 from npllm.backends.numba_cpu.jit import inline, kernel
-from npllm.backends.numba_cpu.linear import (
-    BLOCK,
-    FLOAT32,
-    NARROW,
-    PRODUCT_ROW,
-    TOKENS,
-    WIDE,
-    WIDENED,
-    _prepare_row,
-    clear,
-    dots,
-    multiply,
-    panel_width,
-    panelled,
-    steps_of,
-    turned,
-)
 from npllm.backends.numba_cpu.memory import f32, i64, word
 from npllm.backends.numba_cpu.norms import Norms
+from npllm.backends.numba_cpu.panels import NARROW, WIDE, clear, pack_rows, steps_of, turned
 from npllm.backends.numba_cpu.products import FEW, Products, too_wide
 from npllm.backends.numba_cpu.stack import Matrices
 from npllm.backends.numba_cpu.tape import entry
 from npllm.backends.numba_cpu.team import SCRATCH_BYTES, next_chunk, scratch
-from npllm.backends.numba_cpu.vectors import LANES
+from npllm.backends.numba_cpu.tiles import PRODUCT_ROW, TOKENS, WIDENED, multiply
+from npllm.backends.numba_cpu.vectors import BLOCK, LANES, TOGETHER
 from npllm.weights import Experts
 
 # What all kernels here begin with, MIXTURE_WORDS: x [M, D], M, C, E, D, F; the choices' indices, int64, and their weights
@@ -115,7 +102,13 @@ def read_choice(args, choice, arithmetic, out):
     factor = f32(word(args, WEIGHT) + choice * 4, 1)[0] if word(args, ON_INPUT) else np.float32(1)
     for k in range(width):
         y[k] = x[k] * factor
-    _prepare_row(out, width, arithmetic)
+    prepare_row(out, width, arithmetic)
+
+
+@inline
+def layer_of(args, expert):
+    """An expert's gate and up, as npllm.backends.numba_cpu.ffn knows them."""
+    return word(args, FIRST), word(args, ACT), word(word(args, GATES), expert), 0, word(word(args, UPS), expert), 0
 
 
 @inline
@@ -143,11 +136,8 @@ def hidden_of_few(args, team, thread, threads):
             for i in range(count):
                 read_choice(args, word(choices, i), word(args, FIRST), space + i * row_bytes)
             seen = expert
-        hidden_rows(
-            word(word(args, GATES), expert), word(word(args, UPS), expert), (0, 0), begin, min(F, begin + per), space,
-            row_bytes, count, word(args, FIRST), word(args, ACT), space + count * row_bytes,
-            word(args, HIDDEN) + (word(each, BEGIN) * F + begin) * 4, F * 4,
-        )  # fmt: skip
+        to, end = word(args, HIDDEN) + (word(each, BEGIN) * F + begin) * 4, min(F, begin + per)
+        hidden_rows(team, layer_of(args, expert), begin, end, space, row_bytes, count, space + count * row_bytes, to, F * 4)
 
 
 @kernel(MIXTURE)
@@ -168,7 +158,7 @@ def say_few(args, team, thread, threads):
         clear(said, count * per)
         for i in range(active):
             each = planned + 8 * (1 + i * PLANNED)
-            _say(args, each, begin, end, hidden + word(each, BEGIN) * row_bytes, row_bytes, said, per)
+            _say(team, args, each, begin, end, hidden + word(each, BEGIN) * row_bytes, row_bytes, said, per)
         _sum(args, begin, end, said, per * 4)
 
 
@@ -178,19 +168,20 @@ def _prepare_hidden(args, place, out):
     x, y = f32(word(args, HIDDEN) + place * F * 4, F), f32(out, F)
     for k in range(F):
         y[k] = x[k]
-    _prepare_row(out, F, word(args, SECOND))
+    prepare_row(out, F, word(args, SECOND))
 
 
 @inline
-def _say(args, each, begin, end, hidden, row_bytes, said, per):
+def _say(team, args, each, begin, end, hidden, row_bytes, said, per):
     """Rows begin..end of one expert's `down` times the hidden features of its choices."""
     choices = word(args, PLAN) + 8 * (1 + PLANNED * word(args, EXPERTS) + word(each, BEGIN))
     down, room = word(word(args, DOWNS), word(each, EXPERT)), said + word(args, TOKENS_M) * word(args, CHOICES) * per * 4
-    count, products = word(each, COUNT), room + row_bytes
-    for n in range(begin, end):
-        dots(down, n, hidden, row_bytes, count, word(args, SECOND), room, products)
-        for i in range(count):
-            f32(said + word(choices, i) * per * 4, per)[n - begin] = f32(products, count)[i]
+    count, products = word(each, COUNT), room + TOGETHER * row_bytes
+    multiply_rows(team, down, begin, end, hidden, row_bytes, count, word(args, SECOND), room, products)
+    for i in range(count):
+        x, y = f32(products, end - begin, together(count)), f32(said + word(choices, i) * per * 4, per)
+        for n in range(end - begin):
+            y[n] = x[n, i]
 
 
 @inline
@@ -219,8 +210,8 @@ def _sum_token(args, m, y, said, row):
 def gather(args, team, thread, threads):
     """The panels of each expert's tokens."""
     E, planned, width = word(args, EXPERTS), word(args, PLAN), word(args, WIDTH)
-    arithmetic, row_bytes, space = panelled(word(args, FIRST)), row_room(width), scratch(team, thread)
-    steps = steps_of(width, arithmetic)
+    arithmetic, row_bytes, space = word(args, FIRST), row_room(width), scratch(team, thread)
+    column_bytes = steps_of(width, arithmetic) * 4
     order, base, chunk = planned + 8 * (1 + PLANNED * E), 0, next_chunk(team)
     for i in range(word(planned, 0)):
         each = planned + 8 * (1 + i * PLANNED)
@@ -231,14 +222,11 @@ def gather(args, team, thread, threads):
             begin = (chunk - base) * NARROW
             for j in range(NARROW):
                 if begin + j < count:
-                    read_choice(args, word(choices, begin + j), arithmetic, space + j * row_bytes)
+                    read_choice(args, word(choices, begin + j), before_panels(arithmetic), space + j * row_bytes)
                 else:
                     clear(space + j * row_bytes, width)
-            start = begin // WIDE * WIDE
-            wide = panel_width(start, columns)
-            panel = start if wide == WIDE else begin
-            to = word(args, PANELS) + (word(each, COLUMN) + panel) * steps * 4 + (begin - panel) * 4
-            turned(space, row_bytes, NARROW, steps, to, wide * 4)
+            panels = word(args, PANELS) + word(each, COLUMN) * column_bytes
+            pack_rows(space, row_bytes, width, arithmetic, panels, begin, columns)
             chunk = next_chunk(team)
         base += groups
 
@@ -246,22 +234,18 @@ def gather(args, team, thread, threads):
 @kernel(MIXTURE)
 def hidden_of_many(args, team, thread, threads):
     """Hidden features of gathered tokens, in panels again."""
-    F, planned, arithmetic, space = word(args, FEATURES), word(args, PLAN), word(args, FIRST), scratch(team, thread)
-    into, steps = steps_of(word(args, WIDTH), arithmetic), steps_of(F, word(args, SECOND))
-    blocks = (F + BLOCK - 1) // BLOCK
+    F, planned, prepared = word(args, FEATURES), word(args, PLAN), word(args, SECOND)
+    into, steps, per = steps_of(word(args, WIDTH), word(args, FIRST)), steps_of(F, prepared), features_of(prepared)
+    blocks = (F + per - 1) // per
     while True:
         chunk = next_chunk(team)
         if chunk // blocks >= word(planned, 0):
             break
-        each, begin = planned + 8 * (1 + chunk // blocks * PLANNED), chunk % blocks * BLOCK
-        expert, columns, end = word(each, EXPERT), columns_of(word(each, COUNT)), min(F, begin + BLOCK)
-        gate, up = word(word(args, GATES), expert), word(word(args, UPS), expert)
+        each, begin = planned + 8 * (1 + chunk // blocks * PLANNED), chunk % blocks * per
         panels = word(args, PANELS) + word(each, COLUMN) * into * 4
         hidden = word(args, HIDDEN) + word(each, COLUMN) * steps * 4
-        for first in range(0, columns, TOKENS):
-            last = min(columns, first + TOKENS)
-            hidden_block(gate, up, (0, 0), begin, end, panels, columns, first, last, arithmetic, word(args, ACT), space)
-            store_hidden(space, begin, end, first, last, columns, hidden, steps, word(args, SECOND))
+        layer, columns = layer_of(args, word(each, EXPERT)), columns_of(word(each, COUNT))
+        hidden_panels(team, thread, layer, begin, min(F, begin + per), panels, columns, hidden, F, prepared)
 
 
 @kernel(MIXTURE)
@@ -279,7 +263,7 @@ def say_many(args, team, thread, threads):
         for first in range(0, count, TOKENS):
             last = min(count, first + TOKENS)
             room = space + WIDENED
-            multiply(down, begin, end, hidden, columns_of(count), first, last, arithmetic, room, space, PRODUCT_ROW)
+            multiply(team, down, begin, end, hidden, columns_of(count), first, last, arithmetic, room, space)
             _hand_back(args, each, begin, end, first, last, space)
 
 

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 from npllm.arrays import Array
 from npllm.backend import Norm, accelerates, split_heads
+from npllm.backends.numba_cpu.arithmetic import FLOAT32
 from npllm.backends.numba_cpu.base import Base, at
-from npllm.backends.numba_cpu.linear import FLOAT32, multiply_few, multiply_packed, pack, panel_bytes
+from npllm.backends.numba_cpu.linear import multiply_few, multiply_packed
 from npllm.backends.numba_cpu.matrix import WIDEST, Matrix
+from npllm.backends.numba_cpu.panels import pack, panel_bytes
 from npllm.backends.numba_cpu.tape import entry
 from npllm.weights import QKV, Linear
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from npllm.backends.numba_cpu.base import Base
-from npllm.backends.numba_cpu.linear import PAIRS
+from npllm.backends.numba_cpu.source import PAIRS
 
 # Operations that multiply with stored matrices, and those that attend, in pairs of bf16 where the CPU has them; some do
 # both. Routers stay in float32: a choice that rounding turns is no small error.

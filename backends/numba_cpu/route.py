@@ -12,9 +12,9 @@ import numpy as np
 from npllm.arrays import Array
 from npllm.backend import accelerates
 from npllm.backends.numba_cpu.activations import exp, sigmoid
+from npllm.backends.numba_cpu.arithmetic import FLOAT32
 from npllm.backends.numba_cpu.base import at
 from npllm.backends.numba_cpu.jit import inline, kernel
-from npllm.backends.numba_cpu.linear import FLOAT32
 from npllm.backends.numba_cpu.memory import f32, i64, real, word
 from npllm.backends.numba_cpu.norms import not_plain
 from npllm.backends.numba_cpu.products import Products, unprepared

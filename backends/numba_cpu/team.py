@@ -22,7 +22,7 @@ import numpy as np
 
 from npllm.arrays import Array, DTypeLike
 from npllm.backend import log_once
-from npllm.backends.numba_cpu.jit import inline, native
+from npllm.backends.numba_cpu.jit import Called, inline, native
 from npllm.backends.numba_cpu.memory import (
     add_word,
     call_c,
@@ -37,17 +37,18 @@ from npllm.machine import cores
 
 # Words of a team's state, each on a cache line of its own: the barrier's round and how many have come to it; the next chunk;
 # the job (its number times MOST, plus its threads), its tape and length. Then what does not change: the functions that
-# yield, take and release a lock, and the memory of the threads. Then, per thread, whether it sleeps, its lock, and whether
-# a thread has taken this place.
-ROUND, ARRIVED, CHUNK, JOB, TAPE, LENGTH, YIELD, TAKE, RELEASE, SCRATCH, SLEEPERS = (8 * i for i in range(11))
+# yield, take and release a lock, the memory of the threads, and the functions that kernels call. Then, per thread, whether
+# it sleeps, its lock, and whether a thread has taken this place.
+ROUND, ARRIVED, CHUNK, JOB, TAPE, LENGTH, YIELD, TAKE, RELEASE, SCRATCH, FUNCTIONS, SLEEPERS = (8 * i for i in range(12))
 MOST = 1024
 STOP = -1
 
 # Seconds that the interpreter's end waits for a job that another thread has under way.
 LAST_JOB = 10
 
-# Bytes of memory that each thread has to itself.
-SCRATCH_BYTES = 4 << 20
+# Bytes of memory that each thread has to itself, and where a small part of it begins that no rows of activations reach.
+SPARE = 4 << 20
+SCRATCH_BYTES = SPARE + (1 << 12)
 
 # How often a thread looks before it lets others run, and, without a job, before it goes to sleep (about 0.2 ms).
 PATIENCE = 4000
@@ -82,6 +83,12 @@ def next_chunk(team):
 def scratch(team, thread):
     """The address of SCRATCH_BYTES that only this thread uses; 64-byte aligned."""
     return word(team, SCRATCH) + thread * SCRATCH_BYTES
+
+
+@inline
+def function_at(team, place):
+    """The address of a function that is `called`."""
+    return word(team, FUNCTIONS + place)
 
 
 @inline
@@ -181,6 +188,8 @@ class Team:
 
     @functools.cached_property
     def _lead(self) -> Any:
+        for place, function in Called.places.items():
+            self._state[FUNCTIONS + place] = function.address
         return _lead()
 
     def _grown(self, threads: int) -> int:

@@ -131,6 +131,10 @@ class Emit:
         b.position_at_end(after)
         return values
 
+    def hidden(self, value: int) -> ir.Value:
+        """A number that LLVM does not know: a loop of so many turns stays one, and its sums in registers."""
+        return self.b.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [self.i64(value)], False)
+
     def shuffle(self, x: ir.Value, y: ir.Value, lanes: Sequence[int]) -> ir.Value:
         return self.b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes)))
 
@@ -227,6 +231,9 @@ SUMS = 4
 
 # Rows of weights and tokens that meet at once, where tokens are few; or one row and MORE tokens.
 TOGETHER, SEVERAL, MORE = 2, 4, 8
+
+# Rows of weights that a thread takes at a time, where tokens are many: they meet one panel, then the next.
+BLOCK = 48
 
 
 def _dots(e: Emit, kind: str, weights: Sequence[ir.Value], rows: Sequence[ir.Value], count: ir.Value) -> list[ir.Value]:
@@ -521,6 +528,16 @@ def dots_f32(typingctx, w, w_row, w_last, x, x_row, x_last, count, out, out_row)
 @intrinsic
 def more_dots_f32(typingctx, w, w_row, w_last, x, x_row, x_last, count, out, out_row):
     return emitting(types.void, 9, lambda e, args: _dot_several(e, "f32", 1, MORE, args))
+
+
+@intrinsic
+def dots_bf16(typingctx, w, w_row, w_last, x, x_row, x_last, count, out, out_row):
+    return emitting(types.void, 9, lambda e, args: _dot_several(e, "bf16", TOGETHER, SEVERAL, args))
+
+
+@intrinsic
+def more_dots_bf16(typingctx, w, w_row, w_last, x, x_row, x_last, count, out, out_row):
+    return emitting(types.void, 9, lambda e, args: _dot_several(e, "bf16", 1, MORE, args))
 
 
 @intrinsic

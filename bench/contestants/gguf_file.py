@@ -44,7 +44,7 @@ def metadata(config: dict[str, Any]) -> dict[str, int | float | str]:
         "attention.key_length": config["head_dim"],
         "attention.value_length": config["head_dim"],
         "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
-        "rope.freq_base": float(config["rope_theta"]),
+        "rope.freq_base": float(config.get("rope_parameters", config)["rope_theta"]),
         "vocab_size": config["vocab_size"],
     }
     return {f"qwen3.{key}": value for key, value in sizes.items()} | {"tokenizer.ggml.model": "no_vocab"}

@@ -68,7 +68,26 @@ class LlamaCpp:
     def logits(self, tokens: int, path: str) -> None:
         """Write the logits of the last of so many tokens, float32 [N]."""
         self.prefill(tokens)
-        np.save(path, np.ctypeslib.as_array(lib.llama_get_logits_ith(self.context, -1), (self.vocabulary,)))
+        np.save(path, self._last())
+
+    def decoded(self, texts: str, path: str) -> None:
+        """Write the logits that predict each token from a position on, one token per step, for all texts: float32 [T, N].
+
+        `texts` is a file of JSON: [[token ids, position], ...].
+        """
+        found = []
+        with open(texts) as file:
+            asked = json.load(file)
+        for ids, begin in asked:
+            self._clear()
+            for piece in [ids[:begin], *([each] for each in ids[begin:-1])]:
+                self._decode(piece)
+                found.append(self._last().copy())
+        np.save(path, np.array(found))
+
+    def _last(self) -> np.ndarray[Any, Any]:
+        """The logits of the last token, float32 [N], until the next step."""
+        return np.ctypeslib.as_array(lib.llama_get_logits_ith(self.context, -1), (self.vocabulary,))
 
     def _clear(self) -> None:
         lib.llama_memory_clear(lib.llama_get_memory(self.context), True)

@@ -17,6 +17,10 @@ from npllm.config import nearest
 from npllm.errors import ArgumentError
 
 
+# The exponent bits of a float64.
+EXPONENT = np.int64(0x7FF << 52)
+
+
 class Format(NamedTuple):
     """A binary floating-point format: its name, significand bits (the hidden one included), and exponent range."""
 
@@ -44,16 +48,22 @@ class Format(NamedTuple):
         return np.dtype({"f16": "float16", "f32": "float32", "f64": "float64"}[self.name])
 
     def spacing(self, x: Array) -> Array:
-        """The distance of neighbouring numbers of the format at `|x|` (float64, any shape), subnormal numbers included."""
-        _, exponent = np.frexp(x)
-        return np.ldexp(1.0, np.maximum(np.where(x == 0.0, self.least, exponent - 1), self.least) - (self.bits - 1))
+        """The distance of neighbouring numbers of the format at `|x|` (float64, any shape), subnormal numbers included.
+
+        At what is not finite it is that of the largest float64.
+        """
+        # A number without its significand is the power of two below it; this is what takes time in a budget.
+        power = (np.asarray(x, np.float64).view(np.int64) & EXPONENT).view(np.float64)
+        return np.clip(power, math.ldexp(1.0, self.least), math.ldexp(1.0, 1023)) * 2.0 ** (1 - self.bits)
 
     def round(self, x: Array) -> Array:
         """`x` (float64) to the nearest number of the format, ties to even, as float64; beyond the largest: infinity."""
         if self.name == "f64":
             return x
-        with np.errstate(invalid="ignore"):
-            step = self.spacing(np.where(np.isfinite(x), x, 1.0))
+        with np.errstate(over="ignore", invalid="ignore"):
+            if self.name in ("f16", "f32"):
+                return x.astype(self.dtype).astype(np.float64)
+            step = self.spacing(x)
             near = np.where(np.isfinite(x), np.rint(x / step) * step, x)
         return np.where(np.abs(near) > self.largest, np.copysign(np.inf, near), near)
 
