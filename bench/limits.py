@@ -1,6 +1,7 @@
 """What the machine can do, measured in the same run as what is compared with it: C loops, or NumPy where no compiler is.
 
 read_anonymous, read_mapped   bytes per second read from allocated memory, and from a mapped file in the page cache;
+read_sustained                the mean of a second of the former: what is left where others share the memory;
 float32, bfloat16, int8       operations per second of products and sums in registers (FMA, `vdpbf16ps`, `vpdpbusd`);
                               None where the CPU lacks the instruction, or NumPy stands in.
 """
@@ -31,6 +32,9 @@ READS = ("read_anonymous", "read_mapped")
 # Bytes that are read at a time: many times any cache. Seconds that a loop of arithmetic runs, and how often each is taken.
 SIZE, SECONDS, TIMES = 512 << 20, 0.1, 3
 
+# Seconds of reading without a pause.
+SUSTAINED = 1.0
+
 # Side of the matrices that NumPy multiplies where there is no compiler.
 SIDE = 2048
 
@@ -52,6 +56,7 @@ class Machine:
         """Every limit, the best of a few times."""
         read = self._read_c if self.loops else self._read_numpy
         found: Limits = {name: self.best(functools.partial(read, array), array.size) for name, array in self.memory.items()}
+        found["read_sustained"] = self._sustained(functools.partial(read, self.memory["read_anonymous"]))
         if self.loops is None:
             x = np.ones((SIDE, SIDE), np.float32)
             return found | dict.fromkeys(ARITHMETIC) | {"float32": self.best(lambda: x @ x, 2 * SIDE**3)}
@@ -59,6 +64,13 @@ class Machine:
 
     def best(self, work: Callable[[], Any], amount: float) -> float:
         return amount / min(timed(work) for _ in range(TIMES))
+
+    def _sustained(self, read: Callable[[], None]) -> float:
+        size, times, start = self.memory["read_anonymous"].size, 0, time.perf_counter()
+        while (seconds := time.perf_counter() - start) < SUSTAINED or not times:
+            read()
+            times += 1
+        return times * size / seconds
 
     def _arithmetic(self, name: str) -> float | None:
         work = getattr(self.loops, f"{name}_work")()
@@ -143,6 +155,7 @@ def peak(limits: Limits, dtype: str) -> float:
 
 def described(limits: Limits, how: str) -> list[str]:
     """The limits as lines of a Markdown table: limit, figure."""
-    units = [(name, "GB/s") for name in READS] + [(name, "GFLOP/s") for name in ARITHMETIC[:2]] + [("int8", "GOP/s")]
-    rows = [(name, f"{value / 1e9:.1f} {unit}") for name, unit in units if (value := limits[name]) is not None]
+    reads = [(name, "GB/s") for name in (*READS, "read_sustained")]
+    units = reads + [(name, "GFLOP/s") for name in ARITHMETIC[:2]] + [("int8", "GOP/s")]
+    rows = [(name, f"{value / 1e9:.1f} {unit}") for name, unit in units if (value := limits.get(name)) is not None]
     return [f"| limit ({how}) | figure |", "|---|---|", *(f"| {name.replace('_', ', ')} | {text} |" for name, text in rows)]

@@ -11,7 +11,8 @@ from npllm.backends.numba_cpu.source import PAIRS, round_row, rounded
 # (npllm.backends.numba_cpu.integers), or, with many tokens on a CPU that multiplies no bytes, those of `panelled`.
 FLOAT32, BFLOAT16, INT8 = range(3)
 
-INTEGERS = bool(PATH.int8)
+# The twin of the widest path multiplies bytes by what any CPU has.
+INTEGERS = bool(PATH.int8) or PATH.twin
 
 
 @inline

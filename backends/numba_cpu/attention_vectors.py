@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 
 from npllm.backends.numba_cpu.activations import emit_exp, emit_weight
 from npllm.backends.numba_cpu.jit import inline
-from npllm.backends.numba_cpu.vectors import F32, I32, I64, LANES, NUMBERS, VF, VI, Emit, emitting, widened
+from npllm.backends.numba_cpu.vectors import CACHE_LINE, F32, I32, I64, LANES, NUMBERS, VF, VI, Emit, emitting, widened
 
 # Rows of the state of a panel of lanes: the number that scores are taken relative to, the sum of their exponentials, what
 # earlier sums were last multiplied by; what products are multiplied by to be scores; and the range of keys that the lane
@@ -30,6 +30,9 @@ BASE, TOTAL, FACTOR, SHARPNESS, LOW, HIGH, STATE_ROWS = range(7)
 # the last key's. Vectors of sums that `weigh` holds in registers at a time.
 SCORES = 8
 SUMS = 16 if LANES == 16 else 8
+
+# Bytes of a head's keys or values that are on their way while others are read.
+FETCHED = 4096
 
 NEGATIVE_INFINITY = -math.inf
 
@@ -70,10 +73,18 @@ def _rows(e: Emit, first: ir.Value, row: ir.Value, last: ir.Value, count: int) -
     return [e.at(first, e.b.mul(row, e.least(e.i64(n), last))) for n in range(count)]
 
 
+def _ahead(e: Emit, row: ir.Value, width: ir.Value, size: int) -> ir.Value:
+    """Bytes from a number to the one that is to be fetched meanwhile, some rows on: a head's rows lie on pages of their own,
+    beyond which no processor looks ahead.
+    """
+    return e.b.mul(row, e.at(e.b.sdiv(e.i64(FETCHED), e.at(e.mul(width, size), 1)), 1))
+
+
 def _score(e: Emit, kind: str, together: int, args: Sequence[ir.Value]) -> None:
     """out[h, j] = q[h] k[j] for `together` queries, the last+1 first of which count, and `count` keys."""
     k, k_row, count, q, q_row, last, out, out_row, width = args
     b, size, keys_at_once = e.b, NUMBERS[kind][1], SCORES // together
+    ahead = _ahead(e, k_row, width, size)
     whole = b.sdiv(width, e.i64(LANES))
     done = e.mul(whole, LANES)
     queries, outs = _rows(e, q, q_row, last, together), _rows(e, out, out_row, last, together)
@@ -88,7 +99,8 @@ def _score(e: Emit, kind: str, together: int, args: Sequence[ir.Value]) -> None:
 
         def step(n: ir.Value, totals: list[Any]) -> list[ir.Value]:
             places = [e.at(key, e.mul(n, size * LANES)) for key in keys]
-            e.stream(places, size * LANES)
+            for place in places:
+                e.prefetch(e.at(place, ahead))
             numbers = [widened(e, kind, place) for place in places]
             return added(numbers, [widened(e, "f32", e.at(query, e.mul(n, 4 * LANES))) for query in queries], totals)
 
@@ -112,6 +124,7 @@ def _weigh(e: Emit, kind: str, together: int, args: Sequence[ir.Value]) -> None:
     """out[h] += sum over j of p[h, j] v[j] for `together` queries, as in `_score`, and `count` values [width]."""
     v, v_row, count, p, p_row, last, out, out_row, width = args
     b, size = e.b, NUMBERS[kind][1]
+    ahead = _ahead(e, v_row, width, size)
     weights, outs = _rows(e, p, p_row, last, together), _rows(e, out, out_row, last, together)
 
     def columns(offset: ir.Value, vectors: int, lanes: int) -> None:
@@ -120,7 +133,8 @@ def _weigh(e: Emit, kind: str, together: int, args: Sequence[ir.Value]) -> None:
         def step(j: ir.Value, sums: list[Any]) -> list[ir.Value]:
             row = e.at(v, b.mul(j, v_row), e.mul(offset, size))
             if lanes > 1:
-                e.stream([row], size * lanes * vectors)
+                for line in range(0, size * lanes * vectors, CACHE_LINE):
+                    e.prefetch(e.at(row, ahead, line))
             numbers = [widened(e, kind, e.at(row, size * lanes * n), lanes) for n in range(vectors)]
             factors = [e.splat(e.load(F32, e.at(each, e.mul(j, 4)), 4), lanes) for each in weights]
             pairs = [(factor, number) for factor in factors for number in numbers]

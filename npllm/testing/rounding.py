@@ -16,9 +16,9 @@ from npllm.arrays import Array
 from npllm.config import nearest
 from npllm.errors import ArgumentError
 
-
-# The exponent bits of a float64.
+# The exponent bits of a float64; and NumPy's own types, to which it rounds float64 once, by bits and exponent range.
 EXPONENT = np.int64(0x7FF << 52)
+NATIVE = {(11, -14, 15): np.float16, (24, -126, 127): np.float32}
 
 
 class Format(NamedTuple):
@@ -61,8 +61,8 @@ class Format(NamedTuple):
         if self.name == "f64":
             return x
         with np.errstate(over="ignore", invalid="ignore"):
-            if self.name in ("f16", "f32"):
-                return x.astype(self.dtype).astype(np.float64)
+            if native := NATIVE.get(self[1:]):
+                return x.astype(native).astype(np.float64)
             step = self.spacing(x)
             near = np.where(np.isfinite(x), np.rint(x / step) * step, x)
         return np.where(np.abs(near) > self.largest, np.copysign(np.inf, near), near)

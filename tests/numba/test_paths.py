@@ -26,11 +26,15 @@ from tests.numba.work import conformance_on, declined
 DTYPES = ("float32", "bfloat16", "stored")
 PATHS = [path.name for path in runnable()]
 
-# What every run checks: all arithmetic on the widest path, and what users of any CPU meet on the portable one. float32
-# arithmetic widens f16 and bf16 alike, and bfloat16 rounds all to the same: each is checked where it shows.
+# One case of so many, where all of them would take too long for every run.
+SOME = 4
+
+# What every run checks: float32 on the widest path; some cases of the other arithmetic there, and of what users of any CPU
+# meet on the portable one. float32 arithmetic widens f16 and bf16 alike, and bfloat16 rounds all to the same: each is
+# checked where it shows.
 OFTEN = [
-    (PATHS[0], "float32", "f32"), (PATHS[0], "float32", "f16"), (PATHS[0], "bfloat16", "f32"), (PATHS[0], "stored", "bf16"),
-    ("generic", "float32", "f32"), ("generic", "stored", "bf16"),
+    (PATHS[0], "float32", "f32", 1), (PATHS[0], "float32", "f16", SOME), (PATHS[0], "bfloat16", "f32", SOME),
+    (PATHS[0], "stored", "bf16", SOME), ("generic", "float32", "f32", SOME), ("generic", "stored", "bf16", SOME),
 ]  # fmt: skip
 
 Told = Callable[[str, object], None]
@@ -45,9 +49,15 @@ def judged(suite: Suite, told: Told, **about: str) -> None:
     assert not declined(suite)
 
 
-@pytest.mark.parametrize(("path", "dtype", "storage"), OFTEN)
-def test_conformance(path: str, dtype: str, storage: str, record_property: Told) -> None:
-    judged(conformance_on(path, dtype, [storage]), record_property, path=path, dtype=dtype, storage=storage)
+@pytest.mark.parametrize(("path", "dtype", "storage", "every"), OFTEN)
+def test_conformance(path: str, dtype: str, storage: str, every: int, record_property: Told) -> None:
+    judged(conformance_on(path, dtype, [storage], every=every), record_property, path=path, dtype=dtype, storage=storage)
+
+
+def test_conformance_of_a_team(record_property: Told) -> None:
+    """Whatever OMP_NUM_THREADS is where the tests run: threads that share rows, chunks and sums."""
+    suite = conformance_on(PATHS[0], "stored", ["bf16"], every=SOME, threads=2)
+    judged(suite, record_property, path=PATHS[0], dtype="stored", storage="bf16", threads="2")
 
 
 @pytest.mark.full

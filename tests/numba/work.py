@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -19,10 +20,12 @@ class OnPath:
 
     path    of CPU features, as NPLLM_CPU_FEATURES names them.
     guard   a side of tests.numba.guards, or "".
+    threads as of the backend.
     """
 
     path: str
     guard: str = ""
+    threads: int | None = None
     limit_s: float = 120.0
 
     def __str__(self) -> str:
@@ -37,7 +40,8 @@ class OnPath:
             guards.install(self.guard)
 
         def check(trial: Trial) -> Report:
-            report = conformity(NumbaBackend, declared(NumbaBackend(trial.dtype), trial), self.limit_s)
+            made = functools.partial(NumbaBackend, threads=self.threads)
+            report = conformity(made, declared(made(trial.dtype), trial), self.limit_s)
             if guards.overwritten():
                 return replace(report, problem="crashed", message="wrote behind the end of an array")
             return report
@@ -53,14 +57,14 @@ def declared(be: Backend, trial: Trial) -> Trial:
 
 def conformance_on(
     path: str, dtype: str, storages: Iterable[str], ops: Iterable[str] | None = None, *, guard: str = "", seed: int = 0,
-    every: int = 1,
+    every: int = 1, threads: int | None = None,
 ) -> Suite:  # fmt: skip
     """The kit's suite on a path, in children of this process; only one trial of `every` so many."""
     from npllm.backends.numba_cpu.backend import NumbaBackend
 
     made: Maker = NumbaBackend
     found = trials(made, ops, storages=storages, dtypes=[dtype], seed=seed)[::every]
-    return Suite(tuple(reports(OnPath(path, guard), found)))
+    return Suite(tuple(reports(OnPath(path, guard, threads), found)))
 
 
 def declined(suite: Suite) -> set[str]:

@@ -154,7 +154,7 @@ def test_probabilities_with_fewer_bits_than_declared_are_noticed() -> None:
 def test_every_mistake_is_caught_on_some_case(inputs: str) -> None:
     rounding, left = Rounding(inputs), {mistake.name: mistake.made_by(Backend)("float32") for mistake in OP.mistakes}
     for case in cases("attention"):
-        for arrays in drawn(case, rounding, 4):
+        for arrays in drawn(case, rounding, 4) if left else ():
             with np.errstate(all="ignore"):
                 (estimate,) = OP.estimate(widened(arrays), case.settings, rounding, None)
             for name, backend in list(left.items()):
