@@ -1,6 +1,6 @@
 """The README's table of models and what is measured below it: `python -m tests.readme` prints both.
 
-Sizes come from the published configurations (`tests/published`), agreement with PyTorch from `python -m bench truth`. Of
+Sizes come from the published configurations (`npllm/published`), agreement with PyTorch from `python -m bench truth`. Of
 a model the text part counts, without layers that predict further tokens.
 """
 
@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 from npllm.backend import Backend
 from npllm.cache import cache_bytes
 from npllm.models import NESTED, interpret
+from npllm.published import MODELS
 from npllm.weights import Tensor, active_parameters
 from tests.export import CASES
-from tests.published import MODELS
 
 README = Path(__file__).parent.parent / "README.md"
 TOKENS = 8192
@@ -37,7 +37,7 @@ CODED, FACTOR = ("attention", "ffn", "experts"), 4
 
 class Row(NamedTuple):
     """A system: its file in npllm/models, its `model_type` in tests/export/cases, and its sizes, each with the name that it
-    has in tests/published. `dtype` is that of the published files where the configuration does not say it."""
+    has in npllm/published. `dtype` is that of the published files where the configuration does not say it."""
 
     system: str
     file: str
@@ -47,7 +47,7 @@ class Row(NamedTuple):
 
 
 def each(family: str, sizes: str) -> dict[str, str]:
-    """Sizes that tests/published names by family and size."""
+    """Sizes that npllm/published names by family and size."""
     return {size: f"{family} {size}" for size in sizes.split()}
 
 

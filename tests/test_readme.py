@@ -14,9 +14,9 @@ import npllm
 from npllm.backend import Backend
 from npllm.cli import build_parser
 from npllm.models import REGISTRY
+from npllm.published import MODELS
 from npllm.weights import Tensor
 from tests import readme
-from tests.published import MODELS
 
 ROOT = readme.README.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
