@@ -11,8 +11,8 @@ from npllm.describing.recorder import record
 from npllm.describing.sources import found
 from npllm.describing.steps import steps_of
 from npllm.describing.structure import embedding_of, head_of, kinds_of, layers_of, pattern_of
-from npllm.describing.weights import parameters_of, stored_format, weight_bytes
-from npllm.models import Described
+from npllm.describing.weights import FORMATS, parameters_of, stored_format, weight_bytes
+from npllm.models import REGISTRY, Described
 from npllm.published import Published
 
 __all__ = ["Description", "describe", "description_of"]
@@ -40,10 +40,11 @@ def description_of(described: Described, name: str, known: Published | None = No
     layers = layers_of(events)
     kinds = kinds_of(layers)
     embedding = embedding_of(events)
+    sizes = weight_bytes(spec, described.block)
     return Description(
         name=name,
         model_type=described.values["model_type"],
-        file=architecture.__name__.rpartition(".")[2],
+        file=REGISTRY[described.values["model_type"]],
         hidden_size=embedding.width,
         vocab_size=config.vocab_size,
         context=config.max_position_embeddings,
@@ -53,9 +54,9 @@ def description_of(described: Described, name: str, known: Published | None = No
         pattern=pattern_of([next(k for k, kind in enumerate(kinds) if kind.layer == layer) for layer in layers]),
         head=head_of(events, spec),
         parameters=parameters_of(spec, events),
-        weight_bytes=weight_bytes(spec, events, described.block),
+        weight_bytes=tuple((format, sum(size[format] for size in sizes.values())) for format in FORMATS),
         cache=tuple(architecture.cache_spec(config)),
-        steps=steps_of(events),
+        steps=steps_of(events, sizes),
         stored=stored_format(described.values),
         published=known,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from npllm.blocks.masks import Mask
 from npllm.blocks.mla import absorbed_is_cheaper
@@ -184,7 +184,7 @@ class Parameters:
     def __getitem__(self, part: str) -> Count:
         return dict(self.parts).get(part, Count(0, 0))
 
-    def __iter__(self) -> Iterator[tuple[str, Count]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[tuple[str, Count]]:
         return iter(self.parts)
 
     @property
@@ -196,19 +196,31 @@ class Parameters:
         """All but the experts that a token does not go to; the embedding counts whole."""
         return sum(count.active for _, count in self.parts)
 
+    def without(self, *parts: str) -> Count:
+        """Total and active, these parts not counted."""
+        left = [count for part, count in self.parts if part not in parts]
+        return Count(sum(count.total for count in left), sum(count.active for count in left))
+
 
 class Scores(NamedTuple):
-    """What one layer's attention multiplies for each query and visible key; H heads, a key K and a value V wide.
+    """What one layer's attention multiplies and reads for each query and visible key.
 
     Of MLA, `latent` L and `rope_dim` J are above 0: the absorbed form attends over L + J numbers, the expanded one over K.
     """
 
     heads: int
+    kv_heads: int
     key_dim: int
     value_dim: int
     mask: Mask
     latent: int = 0
     rope_dim: int = 0
+
+    def bytes(self, past: int, kv_dtype: str) -> int:
+        """Keys and values that one new token after `past` others reads, its own among them."""
+        low, high = self.mask.reach(past, past)
+        numbers = self.latent + self.rope_dim if self.latent else self.kv_heads * (self.key_dim + self.value_dim)
+        return (high - low) * numbers * KV_BYTES[kv_dtype]
 
     def products(self, tokens: int, past: int) -> int:
         """Multiply-adds for `tokens` new tokens of one row after `past` others, those with keys that they see."""
@@ -244,9 +256,12 @@ class Step:
     layer       its index; None before and after the layers.
     reads, gives   shapes of the activations without the axis of tokens.
     weights     names in the checkpoint; `parameters` they hold, `active` of which one token meets.
+    details     how it is computed: eps, scale, mask, router, ...
+    weight_bytes    what one token reads of them, by storage format (npllm.describing.weights).
     products    multiply-adds of its matrix products per token, but for those with keys and values: they are `scores`.
     wanted      it runs only for tokens whose logits are wanted.
-    place       where the model's file asks for it; `block`, the function that defines it (None of arithmetic).
+    place       where the model's file asks for it; `block`, the function that defines it, and what its docstring says first,
+                `meaning`. Of arithmetic, `block` is the line of a canonical body of the backend, or None.
     """
 
     op: str
@@ -256,15 +271,23 @@ class Step:
     weights: tuple[str, ...]
     parameters: int
     active: int
+    weight_bytes: tuple[tuple[str, int], ...]
+    details: tuple[tuple[str, Any], ...]
     products: int
     scores: Scores | None
     wanted: bool
     place: Place
     block: Place | None
+    meaning: str
 
-    def flops(self, tokens: int, past: int, wanted: int = 1) -> int:
-        """Floating-point operations, 2 for a multiply-add, for `tokens` new tokens after `past` others."""
-        products = self.products * (wanted if self.wanted else tokens)
+    def bytes(self, past: int, weights: str, kv_dtype: str) -> int:
+        """What one new token after `past` others reads: weights in a storage format, keys and values in another."""
+        return dict(self.weight_bytes)[weights] + (self.scores.bytes(past, kv_dtype) if self.scores else 0)
+
+    def flops(self, tokens: int, past: int) -> int:
+        """Floating-point operations, 2 to a multiply-add, for `tokens` new tokens after `past` others; logits
+        are those of the last."""
+        products = self.products * (1 if self.wanted else tokens)
         return 2 * (products + (self.scores.products(tokens, past) if self.scores else 0))
 
 
@@ -276,7 +299,7 @@ class Description:
     model_type   that of config.json (of its text part); `file`, npllm's model file.
     context      the longest that it was made for, in tokens (max_position_embeddings).
     layers       one entry per layer; `kinds` the distinct ones, `pattern` how they follow each other.
-    parameters, weight_bytes    the second by storage format (npllm.describing.weights).
+    parameters, weight_bytes    the second in all, by storage format (npllm.describing.weights).
     cache        what the layers that have keys and values of their own keep per token.
     steps        the forward pass.
     stored       the storage format of the published file, where config.json says it.
@@ -294,7 +317,7 @@ class Description:
     pattern: tuple[Run, ...]
     head: Head
     parameters: Parameters
-    weight_bytes: tuple[tuple[str, Count], ...]
+    weight_bytes: tuple[tuple[str, int], ...]
     cache: tuple[LayerSpec, ...]
     steps: tuple[Step, ...] = field(repr=False)
     stored: str = "bf16"
@@ -343,3 +366,14 @@ class Description:
     def prefill_flops(self, context: int) -> int:
         """Of a prompt of `context` tokens in one step, with the logits of the last."""
         return sum(step.flops(context, 0) for step in self.steps)
+
+    def decode_bytes(self, context: int, weights: str | None = None, kv_dtype: str = "bfloat16") -> int:
+        """Read for one new token that sees `context` tokens: weights in a format (None: as published), keys and values.
+
+        A layer that shares another's keys reads them once more.
+        """
+        return sum(step.bytes(context - 1, weights or self.stored, kv_dtype) for step in self.steps)
+
+    def weights_read(self, format: str) -> int:
+        """Bytes of weights that one decoded token reads: of a mixture the chosen experts, of a table a row."""
+        return sum(dict(step.weight_bytes)[format] for step in self.steps)

@@ -7,12 +7,13 @@ comes out is a graph: which norm feeds which projection, what happened to the qu
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ from npllm.blocks.moe import Router
 from npllm.blocks.rope import Angles, Rope
 from npllm.cache import Keys, LayerSpec, Rows
 from npllm.describing.description import Place
-from npllm.weights import Experts, Linear, Spec, Tensor, build_tree
+from npllm.weights import Experts, Gate, Linear, Spec, Tensor, build_tree
 
 PACKAGE = Path(__file__).parent.parent
 OWN, HERE, BLOCKS = (str(PACKAGE / part) + os.sep for part in ("", "describing", "blocks"))
@@ -52,13 +53,15 @@ class Event:
     details   arguments that are no arrays (mask, scale, act, ...).
     products  multiply-adds of its matrix products, whole; attention's are counted by npllm.describing.costs.
     stream    the result is the residual stream: it still holds the embedding.
-    place     where the model's text asks for it; `code` is the block's.
+    place     where the model's text asks for it; `block` is the function in npllm.blocks that computes it,
+              `inner` the line in a canonical body of the backend whose arithmetic it is.
     """
 
     op: str
     layer: int | None
     place: Place
-    code: CodeType | None = None
+    block: Callable[..., Any] | None = None
+    inner: Place | None = None
     weights: list[Planned] = field(default_factory=list)
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     shape: tuple[int, ...] = ()
@@ -72,10 +75,9 @@ class Event:
         for array in flattened(arrays):
             if array.weight is not None and array.weight not in self.weights:
                 self.weights.append(array.weight)
-            if array.event is not None and array.event is not self:
-                self.shapes.append(array.shape)
-                if array.event not in self.parents:
-                    self.parents.append(array.event)
+            if array.event is not None and array.event is not self and array.event not in self.parents:
+                self.parents.append(array.event)
+                self.shapes.append(array.event.shape)
 
     @property
     def is_norm(self) -> bool:
@@ -133,7 +135,7 @@ class Traced(np.ndarray[Any, Any]):
         if ufunc is np.matmul:
             event.products += result.size * operands[0].shape[-1]
         if ufunc is np.multiply and not event.op:
-            event.details["factor"] = next((float(each) for each in operands if np.isscalar(each)), None)
+            event.details["factor"] = next((each for each in operands if isinstance(each, int | float | np.floating)), None)
         return made
 
     def __array_function__(self, function: Any, types: Any, args: Any, options: Any) -> Any:
@@ -213,8 +215,8 @@ class Recorder(Backend):
         event.shapes = [array.shape for array in flattened(read)]
         return self.traced(np.zeros(shape, np.float32), event)
 
-    def _begin(self, op: str, frame: FrameType, code: CodeType | None = None) -> Event:
-        event = Event(op, self.log.index, place_of(frame), code)
+    def _begin(self, op: str, frame: FrameType, block: Callable[..., Any] | None = None) -> Event:
+        event = Event(op, self.log.index, place_of(frame), block)
         self.log.events.append(event)
         return event
 
@@ -240,12 +242,16 @@ class Recorder(Backend):
             block = block if frame.f_code.co_filename == WIDENING else frame
             frame = _below(frame)
         if block is None:
-            return self._begin("", frame)
+            event = self._begin("", frame)
+            inner = Place(shown_path(frame.f_code.co_filename), frame.f_lineno, frame.f_code.co_name)
+            event.inner = None if inner == event.place else inner
+            return event
+        name = block.f_code.co_name
         if block is not self.log.frame:
             self.log.frame = block
-            event = self._begin(block.f_code.co_name, frame, block.f_code)
+            event = self._begin(name, frame, block.f_globals[name])
             event.details = {name: value for name, value in block.f_locals.items() if isinstance(value, PLAIN)}
-        return next(event for event in reversed(self.log.events) if event.code is block.f_code)
+        return next(event for event in reversed(self.log.events) if event.op == name)
 
     # -- services -----------------------------------------------------------------------------------------------------
 
@@ -271,7 +277,8 @@ class Recorder(Backend):
 
     def linear(self, x_MD: Array, w: Linear, /, residual_MF: Array | None = None) -> Array:
         out, into = w.weight.shape
-        made = self.record("linear", (len(x_MD), out), [x_MD], w, residual=residual_MF is not None)
+        how = {"bias": w.bias is not None, "residual": residual_MF is not None}
+        made = self.record("linear", (len(x_MD), out), [x_MD], w, **how)
         assert made.event is not None
         made.event.products, made.event.stream = len(x_MD) * out * into, residual_MF is not None
         return made
@@ -292,7 +299,7 @@ class Recorder(Backend):
         mask: Mask, scale: float, softcap: float | None = None, sinks: Linear | None = None,
     ) -> Array:  # fmt: skip
         shape = (*q_MHK.shape[:2], keys.v_BSGV.shape[-1])
-        inputs = q_MHK, keys.k_BSGK, keys.v_BSGV
+        inputs: tuple[Any, ...] = (q_MHK, keys.k_BSGK, keys.v_BSGV)
         return self.record(
             "attention", shape, inputs, sinks or (), mask=mask, scale=scale, softcap=softcap,
             made_by=tuple(each.event for each in inputs), kv_heads=keys.k_BSGK.shape[2], widths=(q_MHK.shape[2], shape[-1]),
@@ -302,11 +309,16 @@ class Recorder(Backend):
         (out, L), (M, H, F) = w.weight.shape, q_MHF.shape
         turned = keys.k_BSGK.shape[-1] - L
         values = out // H - (F - turned)
-        inputs = q_MHF, keys.k_BSGK
+        inputs: tuple[Any, ...] = (q_MHF, keys.k_BSGK)
         return self.record(
             "latent_attention", (M, H, values), inputs, w, mask=mask, scale=scale, softcap=None,
             made_by=tuple(each.event for each in inputs), kv_heads=1, widths=(F, values), latent=L, rope_dim=turned,
         )  # fmt: skip
+
+    def route(self, h_MD: Array, w: Gate, /, router: Router) -> tuple[Array, Array]:
+        logits_ME = self.linear(h_MD, w.gate)
+        made = self.record("route", (len(h_MD), router.experts_per_token), [logits_ME], w.correction or (), router=router)
+        return made, made
 
     def moe(
         self, x_MD: Array, w: Experts, index_MC: Array, weight_MC: Array, /, act: str, *, weigh: str = "output"
@@ -333,7 +345,13 @@ def place_of(frame: FrameType) -> Place:
     at = frame
     while at.f_code.co_filename.startswith(INNER):
         at = _below(at)
-    return Place(Path(at.f_code.co_filename).relative_to(PACKAGE.parent).as_posix(), at.f_lineno, at.f_code.co_name)
+    return Place(shown_path(at.f_code.co_filename), at.f_lineno, at.f_code.co_name)
+
+
+@functools.cache
+def shown_path(file: str) -> str:
+    """A file of the package, from its parent on."""
+    return Path(file).relative_to(PACKAGE.parent).as_posix()
 
 
 def record(architecture: Any, config: Any, spec: Spec) -> list[Event]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from npllm import mistral_native, published
-from npllm.config import nearest, printable, read_json
+from npllm.config import printable, read_json
 from npllm.errors import ArgumentError
 from npllm.models import Described, interpret, read_config
 
 log = logging.getLogger("npllm")
-
-SHOWN = 8
 
 
 class Found(NamedTuple):
@@ -29,6 +28,8 @@ def found(source: str | Path | Mapping[str, Any] | None, revision: str | None = 
     """ConfigError where a config does not fit, ArgumentError where there is none of that name, HubError from the hub."""
     if isinstance(source, Mapping):
         return Found(str(source.get("_name_or_path") or "config"), interpret(dict(source), "config"))
+    if source is not None and not str(source):
+        raise ArgumentError("the model's name is empty: give a config.json, a folder, a hub id or a short name")
     path = Path(__file__).parent.parent / "shipped" if source is None else Path(source)
     name = "npllm-shipped" if source is None else str(source)
     if path.is_dir():
@@ -38,7 +39,9 @@ def found(source: str | Path | Mapping[str, Any] | None, revision: str | None = 
     known = published.find(name)
     if known is not None:
         return Found(known, interpret(published.MODELS[known].config, known, warn=_silent), published.MODELS[known])
-    if "/" not in name or path.suffix == ".json":
+    if path.suffix == ".json" or path.is_absolute() or name.startswith("."):
+        raise ArgumentError(f"{printable(name)}: no such file or folder")
+    if "/" not in name:
         raise _unknown(name)
     from npllm.hub import fetch
 
@@ -58,10 +61,9 @@ def _read_file(path: Path) -> Described:
 
 
 def _unknown(name: str) -> ArgumentError:
-    if not name:
-        return ArgumentError("the model's name is empty: give a config.json, a folder, a hub id or a short name")
-    close = ", ".join(nearest(name, published.NAMES).split(", ")[:SHOWN])
+    close = difflib.get_close_matches(name.lower(), published.NAMES, n=5, cutoff=0.4)
+    known = f"nearest: {', '.join(close)}" if close else f"known: {', '.join(sorted(published.NAMES)[:5])}, ..."
     return ArgumentError(
-        f"{printable(name)}: no such file or folder, and no published model of that name; nearest: {close}; "
-        "or give a hub id (owner/name)"
+        f"{printable(name)}: no such file or folder, and no published model of that name; {known}; or give a hub id "
+        "(owner/name)"
     )

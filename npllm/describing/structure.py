@@ -224,7 +224,8 @@ def embedding_of(events: list[Event]) -> Embedding:
     scaled = (each for each in outside if not each.op and tables[0] in each.parents and each.details.get("factor"))
     scale = next((each.details["factor"] for each in scaled), 1.0)
     first = events.index(next(event for event in events if event.layer is not None))
-    return Embedding(*words.shape, scale, positions[0].shape[0] if positions else None, parts_of(events[:first]))
+    rows, width = words.shape
+    return Embedding(rows, width, float(scale), positions[0].shape[0] if positions else None, parts_of(events[:first]))
 
 
 def head_of(events: list[Event], spec: Spec) -> Head:

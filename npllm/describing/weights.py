@@ -49,25 +49,17 @@ def _word(tensor: Tensor, in_mixture: bool) -> str:
     return words.get(tensor.part, tensor.part)
 
 
-def weight_bytes(spec: Spec, events: list[Event], block: Block = BLOCK) -> tuple[tuple[str, Count], ...]:
-    """For each of FORMATS, the bytes of all weights as npllm stores them, and those that one decoded token reads.
+def weight_bytes(spec: Spec, block: Block = BLOCK) -> dict[str, dict[str, int]]:
+    """For each tensor, its bytes in each of FORMATS, as npllm stores them.
 
-    FP8, q8 and q4 are of the matrices that such files hold so; what they leave is bfloat16. A token reads the experts that
-    it goes to, and a row of each table that is not multiplied with.
+    FP8, q8 and q4 are of the matrices that such files hold so; what they leave is bfloat16.
     """
-    chosen = {weight.name: event.details["chosen"] for event in events if event.op == "moe" for weight in event.weights}
     heads = {tensor.alias for tensor in spec.values() if tensor.alias is not None}
-    counts = {format: [0, 0] for format in FORMATS}
-    for name, tensor in spec.items():
-        if tensor.alias is not None:
-            continue
-        for format, count in counts.items():
-            size = stored_bytes(name, tensor, format, block, is_head=name in heads)
-            count[0] += size
-            is_table = tensor.part in ("embedding", "lookup") and name not in heads
-            met = 1 if is_table else chosen.get(name, tensor.shape[0])
-            count[1] += size * met // tensor.shape[0]
-    return tuple((format, Count(*count)) for format, count in counts.items())
+    return {
+        name: {format: stored_bytes(name, tensor, format, block, is_head=name in heads) for format in FORMATS}
+        for name, tensor in spec.items()
+        if tensor.alias is None
+    }
 
 
 def stored_bytes(name: str, tensor: Tensor, format: str, block: Block | None = None, *, is_head: bool = False) -> int:
