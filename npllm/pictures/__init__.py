@@ -76,7 +76,7 @@ def _spoken(descriptions: Sequence[Description]) -> str:
 
 
 def memory_svg(model: Description, descriptions: Sequence[Description]) -> str:
-    """An SVG file: what the cache keeps of a token with the heads of `model` (it has latent attention) as MHA, GQA, MQA and MLA,
+    """An SVG file: what the cache keeps of a token with the heads of `model`, of latent attention, as MHA, GQA, MQA and MLA,
     and what it keeps with each of `descriptions`.
     """
     title = "MHA, GQA, MQA and MLA: the KV cache of a token"

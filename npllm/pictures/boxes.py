@@ -48,8 +48,8 @@ def height(part: Part, width: float) -> float:
 
 
 def draw(part: Part, x: float, y: float, width: float, differs: bool, bold: Callable[[str], bool]) -> Element:
-    """The part's box with its top left corner at (x, y); `differs` gives it the thick frame, `bold` says which facts are
-    set in bold on a tint.
+    """The part's box with its top left corner at (x, y); `differs` gives it the thick frame, `bold` says which facts,
+    and what of the inside, are set in bold on a tint.
     """
     tall = height(part, width)
     told = lines(part, width)
@@ -85,8 +85,9 @@ def _words(part: Part, told: list[Line], x: float, y: float, width: float, bold:
     top += 16
     for line in told:
         if line.bar:
-            bar = rect(left, top + 1, room, BAR - 1, "norm edge", 8.5)
-            yield group([bar, _line(left + room / 2, top + 13, line.facts[0], room - 12, bold=False)], "box")
+            strong = bold(line.facts[0])
+            bar = rect(left, top + 1, room, BAR - 1, f"{'mark' if strong else 'norm'} edge", 8.5)
+            yield group([bar, _line(left + room / 2, top + 13, line.facts[0], room - 12, bold=strong)], "box")
             top += BAR + 2
             continue
         yield from _facts(line.facts, left, top, room, bold)

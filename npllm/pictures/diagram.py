@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from itertools import combinations, pairwise
+from itertools import combinations
 from typing import NamedTuple
 
+from npllm.describing.kinds import ranges
 from npllm.pictures import boxes, metrics
 from npllm.pictures.parts import Branch, Differences, Kind, Part, Sheet
 from npllm.pictures.svg import Element, element, group, path, rect, text
@@ -264,24 +265,6 @@ class Column:
             yield path([(tip, centre), (tip - 6.5, centre - 3.4), (tip - 6.5, centre + 3.4)], "tip", closed=True)
         yield plus(MIDDLE, centre)
         yield path([(MIDDLE, centre - PLUS), (MIDDLE, centre - PLUS - LEAD)], "flow")
-
-
-def ranges(layers: tuple[int, ...]) -> str:
-    """Indices as a short text: "layers 3–60", "layer 5", "every 4th from 3"."""
-    if len(layers) == 1:
-        return f"layer {layers[0]:,}"
-    steps = {later - former for former, later in pairwise(layers)}
-    if steps == {1}:
-        return f"layers {layers[0]:,}–{layers[-1]:,}"
-    if len(layers) < 4:
-        return f"layers {', '.join(map(str, layers))}"
-    step = steps.pop()
-    return f"from {layers[0]:,} on" if steps else f"every {ordinal(step)} from {layers[0]:,}"
-
-
-def ordinal(value: int) -> str:
-    ending = "th" if value % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(value % 10, "th")
-    return f"{value:,}{ending}"
 
 
 # -- the whole --------------------------------------------------------------------------------------------------------

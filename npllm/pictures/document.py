@@ -25,6 +25,8 @@ def svg(drawing: Drawing, title: str, description: str, *, alone: bool = True, n
         viewBox=f"0 0 {width} {height}",
         width=width,
         height=height,
+        # On a page that is narrower, a picture shrinks as far as its words can be read.
+        style=None if alone else f"min-width: {number(0.8 * drawing.width)}px",
         role="img",
         aria_labelledby=f"{name}-title {name}-desc",
     )

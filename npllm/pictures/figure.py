@@ -32,8 +32,8 @@ BETWEEN_FRAMES, CAPTION, RISE = 22.0, 20.0, 22.0
 CELL = 14.0
 
 LEGEND = (
-    "Thick frame: not every model here has such a part in this place.",
-    "Bold on a tint: not every model here has this number.",
+    "Thick frame: not every model here has a part of this form in this place.",
+    "Bold on a tint: not every model here has this in such a part.",
 )
 
 
@@ -96,7 +96,7 @@ def _column(
 ) -> Iterator[Element]:
     column = Column(sheet, Differences.of(sheet, sheets), prefix)
     yield group(_spine(sheet, column, kinds, rows, at), x=STRIP)
-    yield from _strip(sheet, at, prefix)
+    yield from _strip(sheet, *_span(kinds, rows, at), prefix)
 
 
 def _spine(sheet: Sheet, column: Column, kinds: list[Kind | None], rows: list[Row], at: Levels) -> Iterator[Element]:
@@ -124,15 +124,22 @@ def _spine(sheet: Sheet, column: Column, kinds: list[Kind | None], rows: list[Ro
     yield text(MIDDLE, at.caption + 10, "logits", boxes.SIZE, "soft", anchor="middle")
 
 
-def _strip(sheet: Sheet, at: Levels, prefix: str) -> Iterator[Element]:
-    """Every layer as a cell in the texture of its kind, the first at the bottom."""
-    base, room = at.embedding - RISE, at.embedding - RISE - at.stack - 16
-    cell = min(CELL, room / sheet.depth)
+def _span(kinds: list[Kind | None], rows: list[Row], at: Levels) -> tuple[float, float]:
+    """Where a model's lowest frame begins, and where its highest ends."""
+    edges, y = [], at.embedding - RISE
+    for kind, row in zip(kinds, rows, strict=True):
+        edges += [] if kind is None else [y, y - row.height]
+        y -= row.height + BETWEEN_FRAMES
+    return max(edges), min(edges)
+
+
+def _strip(sheet: Sheet, base: float, top: float, prefix: str) -> Iterator[Element]:
+    """Every layer as a cell in the texture of its kind, the first at the bottom, beside the frames."""
+    cell = min(CELL, (base - top - 12) / sheet.depth)
     owner = {layer: number for number, kind in enumerate(sheet.kinds) for layer in kind.layers}
     layers = [(number, list(run)) for number, run in groupby(range(sheet.depth), owner.__getitem__)]
     for number, run in layers:
-        top = base - (run[-1] + 1) * cell
-        yield texture(prefix, number, 0, top, 12, len(run) * cell)
+        yield texture(prefix, number, 0, base - (run[-1] + 1) * cell, 12, len(run) * cell)
         if cell >= 3.5:
             yield from (path([(0, base - i * cell), (12, base - i * cell)], "thin") for i in run[1:])
     yield text(6, base + 12, "0", 10, "soft", anchor="middle")

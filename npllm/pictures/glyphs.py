@@ -46,9 +46,10 @@ def mask(kind: str) -> Iterator[Element]:
     """Queries downwards, keys to the right: dark where a query sees a key. `kind` is causal, window or chunk."""
     cell = (SIDE - 4) / CELLS
     yield rect(1.5, 1.5, SIDE - 3, SIDE - 3, "paper edge")
-    for i in range(CELLS):
-        first = {"causal": 0, "window": max(0, i - 2), "chunk": i // 3 * 3}[kind]
-        yield rect(2 + first * cell, 2 + i * cell, (i + 1 - first) * cell, cell, "ink")
+    first = [{"causal": 0, "window": max(0, i - 2), "chunk": i // 3 * 3}[kind] for i in range(CELLS)]
+    left = [(2 + first[i] * cell, 2 + (i + end) * cell) for i in range(CELLS) for end in (0, 1)]
+    right = [(2 + (i + 1) * cell, 2 + (i + end) * cell) for i in range(CELLS) for end in (0, 1)]
+    yield path([*left, *reversed(right)], "ink", closed=True)
 
 
 def experts(chosen: int, routed: int, shared: int) -> Iterator[Element]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from itertools import groupby
 from typing import NamedTuple
 
 from npllm.pictures import theme
@@ -17,26 +18,29 @@ h1 {{ font-size: 24px; margin: 8px 0 4px; overflow-wrap: anywhere; }}
 h2 {{ font-size: 18px; margin: 40px 0 12px; }}
 p, caption {{ color: {theme.COLOURS["soft"][0]}; color: var(--soft); }}
 figure {{ margin: 0; overflow-x: auto; }}
-figure svg {{ max-width: none; display: block; margin: 0 auto; }}
+figure svg {{ max-width: 100%; height: auto; display: block; margin: 0 auto; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 caption {{ text-align: left; padding-bottom: 8px; }}
 th, td {{ text-align: left; vertical-align: top; padding: 4px 20px 4px 6px; overflow-wrap: anywhere;
   border-bottom: 1px solid {theme.COLOURS["hair"][0]}; border-bottom-color: var(--hair); }}
 tbody th {{ font-weight: normal; color: {theme.COLOURS["soft"][0]}; color: var(--soft); white-space: nowrap; }}
-thead th {{ border-bottom: 2px solid {theme.COLOURS["line"][0]}; border-bottom-color: var(--line); }}
-tr.different td {{ font-weight: bold; background: {theme.COLOURS["mark"][0]}; background: var(--mark); }}
+thead th, thead td {{ border-bottom: 2px solid {theme.COLOURS["line"][0]}; border-bottom-color: var(--line); }}
+tbody th.section {{ font-weight: bold; color: {theme.COLOURS["ink"][0]}; color: var(--ink); padding-top: 18px; }}
+tr.different td {{ font-weight: bold; }}
 tr.different th::before {{ content: "\\2260\\00a0"; }}
 tr.same th::before {{ content: "=\\00a0"; }}
+tr.same td {{ color: {theme.COLOURS["soft"][0]}; color: var(--soft); }}
 @media print {{ body {{ max-width: none; padding: 0; }} figure {{ overflow: visible; break-inside: avoid; }} }}
 """
 
 
 class Row(NamedTuple):
-    """A line of the table of differences: what it is about, and a cell for each model."""
+    """A line of the table of differences: what it is about, a cell for each model, and the heading that it stands under."""
 
     what: str
     cells: tuple[str, ...]
+    section: str = ""
 
     @property
     def differs(self) -> bool:
@@ -88,18 +92,22 @@ def _figure(figure: Figure) -> str:
     return f"{heading}<figure>\n{render(figure.picture)}\n</figure>"
 
 
+def _line(row: Row) -> str:
+    cells = "".join(f"<td>{_text(cell)}</td>" for cell in row.cells)
+    return f'<tr class="{"different" if row.differs else "same"}"><th scope="row">{_text(row.what)}</th>{cells}</tr>'
+
+
 def _table(names: Sequence[str], rows: Sequence[Row]) -> list[str]:
-    head = "".join(f'<th scope="col">{_text(name)}</th>' for name in ("", *names))
-    lines = [
-        f'<tr class="{"different" if row.differs else "same"}"><th scope="row">{_text(row.what)}</th>'
-        + "".join(f"<td>{_text(cell)}</td>" for cell in row.cells)
-        + "</tr>"
-        for row in rows
-    ]
+    head = "".join(f'<th scope="col">{_text(name)}</th>' for name in names)
+    lines = []
+    for section, under in groupby(rows, lambda row: row.section):
+        if section:
+            lines.append(f'<tr><th class="section" colspan="{len(names) + 1}" scope="colgroup">{_text(section)}</th></tr>')
+        lines += map(_line, under)
     return [
         '<div class="wide"><table>',
         "<caption>≠ before a row, and bold type: not the same in every model.</caption>",
-        f"<thead><tr>{head}</tr></thead>",
+        f"<thead><tr><td></td>{head}</tr></thead>",
         "<tbody>",
         *lines,
         "</tbody></table></div>",

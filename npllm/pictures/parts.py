@@ -107,7 +107,7 @@ class Sheet:
 
 @dataclass(frozen=True)
 class Differences:
-    """What a model has that not every other one has: forms of parts by place, and facts by place and role."""
+    """What a model has that not every other one has: forms of parts, facts and what is inside, by place."""
 
     others: tuple[frozenset[Any], ...]
     known: tuple[frozenset[Any], ...]
@@ -116,7 +116,9 @@ class Differences:
     def of(cls, sheet: Sheet, sheets: list[Sheet]) -> Differences:
         rest = [each for each in sheets if each is not sheet]
         forms = tuple(frozenset((place, part.form) for place, part in each.parts()) for each in rest)
-        facts = tuple(frozenset((place, fact) for place, part in each.parts() for fact in part.facts) for each in rest)
+        facts = tuple(
+            frozenset((place, fact) for place, part in each.parts() for fact in (*part.facts, *part.inside)) for each in rest
+        )
         return cls(forms, facts)
 
     def form(self, place: str, part: Part) -> bool:

@@ -165,7 +165,10 @@ def spoken(sheet: Sheet) -> str:
 def _steps(branch: Branch) -> str:
     """A branch in the order of computation."""
     parts = [part for part in (branch.before, branch.part, branch.after) if part is not None]
-    return ", then ".join(" ".join([part.title, *(f"({', '.join(part.facts)})" for _ in part.facts[:1])]) for part in parts)
+    told = [[*part.inside, *part.facts] for part in parts]
+    return ", then ".join(
+        f"{part.title} ({', '.join(more)})" if more else part.title for part, more in zip(parts, told, strict=True)
+    )
 
 
 def _pattern(d: Description, names: list[str]) -> str:
