@@ -46,32 +46,28 @@ const segments = p => { const n = p.getAttribute("d").match(/-?[\d.]+/g).map(Num
     out.push({left: Math.min(a.x, b.x) - 0.5, right: Math.max(a.x, b.x) + 0.5, top: Math.min(a.y, b.y) - 0.5,
       bottom: Math.max(a.y, b.y) + 0.5}); }
   return out; };
-const fillBehind = (t, rects) => { const r = letters(t), x = (r.left + r.right) / 2, y = (r.top + r.bottom) / 2;
-  let fill = null;
-  for (const e of rects) { if (e.compareDocumentPosition(t) & Node.DOCUMENT_POSITION_PRECEDING) continue;
-    const b = rectOf(e); if (b.left <= x && x <= b.right && b.top <= y && y <= b.bottom) {
-      const f = getComputedStyle(e).fill; if (f.startsWith("rgb")) fill = f; } }
-  return fill; };
-let texts = 0, boxes = 0, worst = 99, stretched = 0;
+// The last rectangle of a plain colour before the text, among those that its middle lies in.
+const fillBehind = (t, r, fills) => { const x = (r.left + r.right) / 2, y = (r.top + r.bottom) / 2;
+  for (const [e, b, fill] of fills)
+    if (b.left <= x && x <= b.right && b.top <= y && y <= b.bottom && fill.startsWith("rgb") &&
+        e.compareDocumentPosition(t) & Node.DOCUMENT_POSITION_FOLLOWING) return fill;
+  return null; };
+let texts = 0, boxes = 0, worst = 99;
 document.querySelectorAll("svg").forEach((svg, i) => {
-  const name = said(svg.querySelector("title")) + " [" + i + "]";
+  const heading = svg.querySelector("title"), name = (heading ? said(heading) : "") + " [" + i + "]";
   const fault = what => faults.push(name + ": " + what);
   const all = [...svg.querySelectorAll("text")].filter(t => said(t)), sizes = new Map(all.map(t => [t, letters(t)]));
   const groups = [...svg.querySelectorAll("g.box")], frame = new Map(groups.map(g => [g, rectOf(g.firstElementChild)]));
-  const fills = [...svg.querySelectorAll("rect")];
+  const fills = [...svg.querySelectorAll("rect")].map(e => [e, rectOf(e), getComputedStyle(e).fill]).reverse();
   texts += all.length; boxes += groups.length;
   const whole = rectOf(svg);
   for (const t of all) {
     if (!within(sizes.get(t), whole, 0)) fault("outside the picture: " + said(t));
     const box = t.closest("g.box");
     if (box && !within(sizes.get(t), frame.get(box), SLACK)) fault("outside its box: " + said(t));
-    const behind = fillBehind(t, fills), c = behind ? contrast(getComputedStyle(t).fill, behind) : 0;
+    const behind = fillBehind(t, sizes.get(t), fills), c = behind ? contrast(getComputedStyle(t).fill, behind) : 0;
     worst = Math.min(worst, c);
     if (c < 4.5) fault("contrast " + c.toFixed(2) + ": " + said(t));
-    const stated = parseFloat(t.getAttribute("textLength")), own = t.getComputedTextLength();
-    t.removeAttribute("textLength");
-    stretched = Math.max(stretched, Math.abs(t.getComputedTextLength() / stated - 1));
-    t.setAttribute("textLength", stated);
   }
   all.forEach((t, j) => all.slice(j + 1).forEach(u => {
     if (meet(sizes.get(t), sizes.get(u))) fault("text on text: " + said(t) + " / " + said(u)); }));
@@ -94,7 +90,7 @@ document.querySelectorAll("svg").forEach((svg, i) => {
     groups.forEach(g => { if (!g.contains(p) && meet(frame.get(g), s)) fault("a line through a box: " + said(g)); }); }));
 });
 const scroll = document.documentElement.scrollWidth - document.documentElement.clientWidth;
-const result = {faults, texts, boxes, worst, stretched, scroll, dark: matchMedia("(prefers-color-scheme: dark)").matches,
+const result = {faults, texts, boxes, worst, scroll, dark: matchMedia("(prefers-color-scheme: dark)").matches,
   background: getComputedStyle(document.querySelector("svg rect")).fill};
 const out = document.createElement("pre"); out.id = "measured"; out.textContent = JSON.stringify(result);
 document.body.append(out);
@@ -120,3 +116,8 @@ def measure(body: str, theme: str, folder: Path) -> dict[str, Any]:
     assert found, printed[-2000:]
     measured: dict[str, Any] = json.loads(html.unescape(found[1]))
     return measured
+
+
+def colour(code: str) -> str:
+    """`#rrggbb` as a browser says it."""
+    return f"rgb({', '.join(str(int(code[i : i + 2], 16)) for i in (1, 3, 5))})"
