@@ -173,7 +173,7 @@ def marker(i: int, x: float, y: float, size: float = 4.2) -> Element:
 # -- names beside their curves ----------------------------------------------------------------------------------------
 
 
-TALL, KEY = SIZE + 4, 30.0
+TALL, KEY, NAME = SIZE + 4, 30.0, 150.0
 
 
 def _labels(names: list[str], lines: list[list[Point]], plot: Box) -> Iterator[Element]:
@@ -182,7 +182,7 @@ def _labels(names: list[str], lines: list[list[Point]], plot: Box) -> Iterator[E
     """
     taken: list[Box] = []
     for i in sorted(range(len(lines)), key=lambda i: (-lines[i][-1][0], lines[i][-1][1])):
-        name = metrics.fitted(names[i], SIZE, plot.right - plot.left - 20 - KEY, bold=True)
+        name = metrics.fitted(names[i], SIZE, NAME, bold=True)
         wide = metrics.width(name, SIZE, bold=True) + KEY + 2 * CLEAR
         box, anchor = _free(lines, i, wide, taken, plot)
         taken.append(box)

@@ -31,10 +31,17 @@ NAME, FACT, FACT_LINE, WORDS = 19.0, 12.0, 17.0, 78.0
 BETWEEN_FRAMES, CAPTION, RISE = 22.0, 20.0, 22.0
 CELL = 14.0
 
-LEGEND = (
-    "Thick frame: not every model here has a part of this form in this place.",
-    "Bold on a tint: not every model here has this in such a part.",
-)
+# For two models, and for more.
+LEGEND = {
+    False: (
+        "Thick frame: the other model has no part of this form in this place.",
+        "Bold on a tint: the other model does not have this in such a part.",
+    ),
+    True: (
+        "Thick frame: fewer than half of the other models have a part of this form in this place.",
+        "Bold on a tint: fewer than half of the others have this in such a part.",
+    ),
+}
 
 
 def figure(sheets: list[Sheet], prefix: str = "kind") -> Drawing:
@@ -56,7 +63,7 @@ def figure(sheets: list[Sheet], prefix: str = "kind") -> Drawing:
         for i, (sheet, told) in enumerate(zip(sheets, facts, strict=True))
     ]
     width = 2 * MARGIN + len(sheets) * COLUMN + (len(sheets) - 1) * GAP
-    legend = list(_legend(levels.bottom + 12, width)) if len(sheets) > 1 else []
+    legend = list(_legend(levels.bottom + 12, len(sheets) > 2)) if len(sheets) > 1 else []
     return Drawing([textures(prefix), *columns, *legend], width, levels.bottom + 12 + 18 * len(legend) + MARGIN - 12)
 
 
@@ -148,9 +155,9 @@ def _strip(sheet: Sheet, base: float, top: float, prefix: str) -> Iterator[Eleme
         yield text(6, base - sheet.depth * cell - 5, last, 10, "soft", anchor="middle")
 
 
-def _legend(y: float, width: float) -> Iterator[Element]:
-    yield group(
-        [rect(MARGIN + STRIP, y, 16, 11, "plain differs", 3), text(MARGIN + STRIP + 26, y + 10, LEGEND[0], 11, "soft")]
-    )
-    bold = [rect(MARGIN + STRIP - 2, y + 17, 20, 13, "mark", 2), text(MARGIN + STRIP, y + 28, "64", 11, bold=True)]
-    yield group([*bold, text(MARGIN + STRIP + 26, y + 28, LEGEND[1], 11, "soft")])
+def _legend(y: float, several: bool) -> Iterator[Element]:
+    """What the marks mean, from `y` on."""
+    frame, bold = LEGEND[several]
+    yield group([rect(MARGIN + STRIP, y, 16, 11, "plain differs", 3), text(MARGIN + STRIP + 26, y + 10, frame, 11, "soft")])
+    sample = [rect(MARGIN + STRIP - 2, y + 17, 20, 13, "mark", 2), text(MARGIN + STRIP, y + 28, "64", 11, bold=True)]
+    yield group([*sample, text(MARGIN + STRIP + 26, y + 28, bold, 11, "soft")])

@@ -107,7 +107,7 @@ class Sheet:
 
 @dataclass(frozen=True)
 class Differences:
-    """What a model has that not every other one has: forms of parts, facts and what is inside, by place."""
+    """What a model has that fewer than half of the others have: forms of parts, facts and what is inside, by place."""
 
     others: tuple[frozenset[Any], ...]
     known: tuple[frozenset[Any], ...]
@@ -122,8 +122,13 @@ class Differences:
         return cls(forms, facts)
 
     def form(self, place: str, part: Part) -> bool:
-        """Whether some other model has no part of this form there."""
-        return any((place, part.form) not in forms for forms in self.others)
+        """Whether a part of this form there is unlike the others."""
+        return _rare((place, part.form), self.others)
 
     def fact(self, place: str, fact: str) -> bool:
-        return any((place, fact) not in facts for facts in self.known)
+        """Whether a fact, or something inside a part, is."""
+        return _rare((place, fact), self.known)
+
+
+def _rare(item: Any, others: tuple[frozenset[Any], ...]) -> bool:
+    return 2 * sum(item in each for each in others) < len(others)

@@ -151,7 +151,7 @@ def _facts(d: Description, names: list[str]) -> tuple[tuple[str, str], ...]:
         ("KV cache", f"{binary(whole)} per token in bf16"),
         *later,
         ("context", f"{d.context:,} tokens"),
-        ("layers", f"{len(d.layers):,}: {_pattern(d, names)}"),
+        ("layers", f"{len(d.layers):,}{_pattern(d, names)}"),
     )
 
 
@@ -172,5 +172,7 @@ def _steps(branch: Branch) -> str:
 
 
 def _pattern(d: Description, names: list[str]) -> str:
+    if len(d.layers) == 1:
+        return ""
     words = pattern(d.pattern, names)
-    return words if len(words) <= MOST_WORDS else f"{len(names)} kinds, in the order of the strip"
+    return f": {words}" if len(words) <= MOST_WORDS else f": {len(names)} kinds, in the order of the strip"
