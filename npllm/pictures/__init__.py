@@ -50,7 +50,10 @@ def page_html(descriptions: Sequence[Description], rows: Sequence[Row]) -> str:
     return page.page(_title(names), names, figures, rows, NOTE)
 
 
-CURVES = "Two charts over the tokens of context: bytes of keys and values of one row, and FLOPs of one decoded token."
+CURVES = (
+    "Four charts over the tokens of context: bytes of keys and values of one sequence, bytes read for one decoded token, "
+    "FLOPs of one decoded token, FLOPs of a prompt."
+)
 
 
 def shown(d: Description) -> str:

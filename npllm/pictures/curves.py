@@ -8,12 +8,13 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from npllm.describing.description import Description
+from npllm.describing.units import binary
 from npllm.pictures import metrics, theme
 from npllm.pictures.drawing import Drawing
 from npllm.pictures.svg import Element, element, group, number, path, rect, text
 
 SIZE, SMALL = 12.0, 11.0
-MARGIN, GAP, WIDTH, HEIGHT = 24.0, 28.0, 430.0, 400.0
+MARGIN, GAP, WIDTH, HEIGHT = 24.0, 28.0, 430.0, 350.0
 LEFT, RIGHT, ABOVE, BELOW = 66.0, 14.0, 46.0, 44.0
 CLEAR = 3.0
 
@@ -70,12 +71,15 @@ COUNTS = ("", "k", "M", "G", "T", "P", "E")
 
 
 def bytes_axis(least: float, most: float) -> Axis:
-    """Powers of two in binary units."""
+    """Powers of two in binary units, and what lies halfway between them where these are few."""
     first, last = math.floor(math.log2(least)), math.ceil(math.log2(most))
-    step = max(1, math.ceil(max(last - first, 1) / 7))
-    exponents = range(first, first + step * max(1, math.ceil((last - first) / step)) + 1, step)
-    marks = tuple((2.0**i, _scaled(i // 10, 2 ** (i % 10), BYTES)) for i in exponents)
-    return Axis(marks[0][0], marks[-1][0], marks)
+    octaves = max(last - first, 1)
+    step = math.ceil(octaves / 7)
+    exponents = range(first, first + step * math.ceil(octaves / step) + 1, step)
+    marks = [(2.0**i, _scaled(i // 10, 2 ** (i % 10), BYTES)) for i in exponents]
+    if octaves <= 3 and first >= 10:
+        marks += [(1.5 * 2**i, binary(1.5 * 2**i)) for i in exponents[:-1]]
+    return Axis(min(marks)[0], max(marks)[0], tuple(sorted(marks)))
 
 
 def counts_axis(least: float, most: float) -> Axis:
@@ -259,16 +263,36 @@ def contexts(d: Description) -> list[int]:
     return sorted({min(d.context, round(first * 2 ** (i / finest))) for i in range(steps + 1)} | {d.context})
 
 
+class Quantity(NamedTuple):
+    """What a chart shows of a model at a context."""
+
+    title: str
+    subtitle: str
+    of: Callable[[Description, int], float]
+    scale: Callable[[float, float], Axis]
+
+
+def _read(d: Description, context: int) -> int:
+    return d.decode_bytes(context, "bf16")
+
+
+QUANTITIES = (
+    Quantity("KV cache", "bytes of one sequence, bfloat16", Description.kv_bytes, bytes_axis),
+    Quantity("Decoding: what is read", "bytes per token, weights and cache in bfloat16", _read, bytes_axis),
+    Quantity("Decoding: arithmetic", "FLOPs per token", Description.decode_flops, counts_axis),
+    Quantity("Prompt: arithmetic", "FLOPs of all its tokens", Description.prefill_flops, counts_axis),
+)
+
+
 def drawing(descriptions: Sequence[Description], names: Sequence[str]) -> Drawing:
-    """Keys and values in memory, and FLOPs per decoded token, each up to the context that the model was made for."""
-    memory, work = [], []
-    for d, name in zip(descriptions, names, strict=True):
-        at = contexts(d)
-        memory.append(Curve(name, tuple((tokens, d.kv_bytes(tokens)) for tokens in at)))
-        work.append(Curve(name, tuple((tokens, d.decode_flops(tokens)) for tokens in at)))
-    charts = [
-        chart("KV cache", "bytes of one sequence, bfloat16", memory, bytes_axis),
-        chart("Decoding", "FLOPs per token", work, counts_axis),
-    ]
-    placed = [group([each], x=MARGIN + i * (WIDTH + GAP), y=MARGIN) for i, each in enumerate(charts)]
-    return Drawing(placed, 2 * MARGIN + 2 * WIDTH + GAP, 2 * MARGIN + HEIGHT)
+    """A chart for each quantity, two in a row; each model's curve goes up to the context that it was made for."""
+    placed = []
+    for i, quantity in enumerate(QUANTITIES):
+        told = [
+            Curve(name, tuple((at, quantity.of(d, at)) for at in contexts(d)))
+            for d, name in zip(descriptions, names, strict=True)
+        ]
+        made = chart(quantity.title, quantity.subtitle, told, quantity.scale)
+        placed.append(group([made], x=MARGIN + i % 2 * (WIDTH + GAP), y=MARGIN + i // 2 * (HEIGHT + GAP)))
+    rows = -(-len(QUANTITIES) // 2)
+    return Drawing(placed, 2 * MARGIN + 2 * WIDTH + GAP, 2 * MARGIN + rows * HEIGHT + (rows - 1) * GAP)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from npllm.describing.description import FFN, Attention, Embedding, Head, HeadNorm, Norm
+from npllm.describing.description import FFN, Attention, Embedding, Head, Norm
 from npllm.describing.description import Part as Extra
 from npllm.describing.units import number
 from npllm.describing.words import SCALING, activation, root
@@ -87,11 +87,11 @@ def _rope(a: Attention, rotates: bool) -> list[str]:
 
 
 def _head_norms(a: Attention, *, after_rope: bool) -> list[str]:
-    """Norms of q, k and v, those of one form in one line."""
+    """Norms of q, k and v, those of one form in one line; a unit norm has no gain."""
     forms: dict[tuple[str, str], list[str]] = {}
     for letter, norm in (("q", a.query_norm), ("k", a.key_norm), ("v", a.value_norm)):
         if norm is not None and norm.after_rope == after_rope:
-            forms.setdefault(_form(norm), []).append(letter)
+            forms.setdefault((f"{'' if norm.norm.gain else 'unit '}{norm.norm.kind}", norm.over), []).append(letter)
     over = {"head": "per head: {}", "all heads": "across heads: {}"}
     told = []
     for (kind, reach), letters in forms.items():
@@ -100,10 +100,6 @@ def _head_norms(a: Attention, *, after_rope: bool) -> list[str]:
         else:
             told.append(f"{kind} {over[reach].format(', '.join(letters))}")
     return told
-
-
-def _form(norm: HeadNorm) -> tuple[str, str]:
-    return norm.norm.kind, norm.over
 
 
 # -- the rest ---------------------------------------------------------------------------------------------------------
