@@ -171,10 +171,11 @@ def write_texts(texts: Mapping[Path, str]) -> None:
             if not out.exists() or out.is_file():
                 waiting[out] = _written_beside(Path(os.path.realpath(out)), text)
         for out, text in texts.items():
-            if out in waiting:
-                os.replace(waiting.pop(out), os.path.realpath(out))
-            else:
+            if out not in waiting:
                 out.write_text(text, encoding="utf-8")
+        for out in list(waiting):
+            os.replace(waiting[out], os.path.realpath(out))
+            del waiting[out]
     except BrokenPipeError:
         raise
     except (OSError, ValueError) as bad:  # ValueError: a path with a zero byte

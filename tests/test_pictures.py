@@ -327,7 +327,7 @@ def umask() -> int:
     return mask
 
 
-@pytest.mark.parametrize("bad", ["folder", "missing/file.svg", "file/below.svg", "x" * 300, "zero\x00byte"])
+@pytest.mark.parametrize("bad", ["folder", "missing/file.svg", "file/below.svg", "x" * 300, "zero\x00byte", "/dev/full"])
 def test_one_that_cannot_be_written_leaves_no_other_behind(tmp_path: Path, bad: str) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("as it was")
