@@ -160,12 +160,14 @@ def write_texts(texts: Mapping[Path, str]) -> None:
     """Write text files, all whole or none: each beside its place first, and renamed when the last is on the disk.
 
     What a file was before is replaced; what is no file (a pipe, a terminal) is written to as it is. ArgumentError where one
-    is a folder or cannot be written.
+    is a folder or cannot be written, or where two are the same.
     """
     waiting: dict[Path, Path] = {}
     out = Path()
     try:
         for out, text in texts.items():
+            if any(os.path.realpath(out) == os.path.realpath(other) for other in texts if other != out):
+                raise ArgumentError(f"{out}: two files are to be written there; name another")
             if out.is_dir():
                 raise ArgumentError(f"{out}: is a folder; name a file")
             if not out.exists() or out.is_file():

@@ -339,6 +339,13 @@ def test_one_that_cannot_be_written_leaves_no_other_behind(tmp_path: Path, bad: 
     assert (tmp_path / "file").read_text() == "as it was"
 
 
+def test_two_files_in_one_place_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("file")
+    with pytest.raises(ArgumentError, match="two files"):
+        write_texts({tmp_path / "file": "1", tmp_path / "link": "2"})
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
 def test_a_link_is_followed_and_a_pipe_is_written_to(tmp_path: Path) -> None:
     target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
     target.write_text("before")

@@ -22,7 +22,8 @@ figure svg {{ max-width: 100%; height: auto; display: block; margin: 0 auto; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 caption {{ text-align: left; padding-bottom: 8px; }}
-th, td {{ text-align: left; vertical-align: top; padding: 4px 20px 4px 6px; overflow-wrap: anywhere;
+th, td {{ text-align: left; vertical-align: top; padding: 4px 20px 4px 6px;
+  min-width: 9em; overflow-wrap: anywhere;
   border-bottom: 1px solid {theme.COLOURS["hair"][0]}; border-bottom-color: var(--hair); }}
 tbody th {{ font-weight: normal; color: {theme.COLOURS["soft"][0]}; color: var(--soft); white-space: nowrap; }}
 thead th, thead td {{ border-bottom: 2px solid {theme.COLOURS["line"][0]}; border-bottom-color: var(--line); }}
