@@ -85,6 +85,15 @@ document.querySelectorAll("svg").forEach((svg, i) => {
     all.forEach(t => { if (meet(sizes.get(t), r)) fault("text on a drawing: " + said(t)); });
     const box = g.closest("g.box");
     if (box && !within(r, frame.get(box), SLACK)) fault("a drawing leaves its box: " + said(box)); });
+  // An arrow ends at a box, at a sum, or below a word.
+  const ends = [...frame.values(), ...[...svg.querySelectorAll("circle")].map(rectOf)];
+  const inside = (x, y, r, s) => x > r.left - s && x < r.right + s && y > r.top - s && y < r.bottom + s;
+  const touches = (x, y, r) => inside(x, y, r, 1.6) && !inside(x, y, r, -1.6);
+  svg.querySelectorAll("path.tip").forEach(p => { const [x, y] = p.getAttribute("d").match(/-?[\d.]+/g).map(Number);
+    const m = p.getScreenCTM(), at = [m.a * x + m.e, m.d * y + m.f];
+    const below = all.some(t => { const r = sizes.get(t);
+      return at[0] > r.left && at[0] < r.right && at[1] > r.bottom && at[1] < r.bottom + 14; });
+    if (!below && !ends.some(r => touches(...at, r))) fault("an arrow ends nowhere: " + at); });
   svg.querySelectorAll("path.flow").forEach(p => segments(p).forEach(s => {
     all.forEach(t => { if (meet(sizes.get(t), s)) fault("a line through text: " + said(t)); });
     groups.forEach(g => { if (!g.contains(p) && meet(frame.get(g), s)) fault("a line through a box: " + said(g)); }); }));

@@ -5,11 +5,10 @@ A test holds the committed files equal to what this makes now.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from npllm import describe, pictures
-from npllm.describing import Description
 from npllm.saving import write_texts
 
 FOLDER = Path(__file__).parent.parent / "docs" / "gallery"
@@ -30,19 +29,29 @@ KEPT = ("gpt2-xl", "olmo-2-7b", "llama-3.1-8b", "mistral-small-3.1", "qwen3-8b",
         "gemma-3-27b", "gemma-3n-e4b", "deepseek-v3")  # fmt: skip
 GROWING = ("deepseek-v3", "llama-4-maverick", "qwen3-235b-a22b", "gemma-3-27b", "mistral-small-3.1")
 
+HEADER = """\
+# Gallery
 
-def figures() -> dict[str, str]:
-    """File name -> SVG."""
-    made = {f"{name}.svg": pictures.diagram_svg(_described(pair)) for name, pair in PAIRS.items()}
-    made["kv-memory.svg"] = pictures.memory_svg(describe(LATENT), _described(KEPT))
-    made["context.svg"] = pictures.curves_svg(_described(GROWING))
-    return made
+Drawn by `python -m tools.gallery` from the published `config.json` of each model, by way of the code that computes it. For
+other models, or your own: `npllm compare MODEL MODEL --svg OUT --curves OUT`.
+"""
 
 
-def _described(names: Sequence[str]) -> list[Description]:
-    return [describe(name) for name in names]
+def files() -> dict[str, str]:
+    """File name -> text: the figures, and a page that shows them all."""
+    known = {name: describe(name) for name in {LATENT, *KEPT, *GROWING, *chain(*PAIRS.values())}}
+    made, titles = {}, {}
+    for name, pair in PAIRS.items():
+        made[f"{name}.svg"] = pictures.diagram_svg([known[each] for each in pair])
+        titles[f"{name}.svg"] = " and ".join(known[each].name for each in pair)
+    made["kv-memory.svg"] = pictures.memory_svg(known[LATENT], [known[name] for name in KEPT])
+    titles["kv-memory.svg"] = "What MHA, GQA, MQA and MLA keep of a token"
+    made["context.svg"] = pictures.curves_svg([known[name] for name in GROWING])
+    titles["context.svg"] = "Memory and work over the context"
+    shown = [f"## {title}\n\n![{title}]({name})\n" for name, title in titles.items()]
+    return made | {"README.md": "\n".join([HEADER, *shown])}
 
 
 if __name__ == "__main__":
     FOLDER.mkdir(parents=True, exist_ok=True)
-    write_texts({FOLDER / name: text for name, text in figures().items()})
+    write_texts({FOLDER / name: text for name, text in files().items()})

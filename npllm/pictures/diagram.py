@@ -15,6 +15,7 @@ from npllm.describing.kinds import ranges
 from npllm.pictures import boxes, metrics
 from npllm.pictures.parts import Branch, Differences, Kind, Part, Sheet
 from npllm.pictures.svg import Element, element, group, path, rect, text
+from npllm.pictures.wording import many
 
 MARGIN, GAP = 30.0, 40.0
 STRIP = 30.0
@@ -23,7 +24,6 @@ BESIDE, BETWEEN = 76.0, 10.0
 MIDDLE, BYPASS = LEFT + BOX / 2, LEFT + BOX + 24.0
 COLUMN = STRIP + FRAME
 BAND, STEP, LEAD, PLUS = 24.0, 13.0, 8.0, 8.0
-MOST_KINDS = 8
 
 
 class Row(NamedTuple):
@@ -116,7 +116,14 @@ def bare_height(kind: Kind) -> float:
 def arrow(x: float, start: float, end: float) -> Iterator[Element]:
     """Upwards, with its tip at `end`."""
     yield path([(x, start), (x, end + 4)], "flow")
-    yield path([(x, end), (x - 3.4, end + 6.5), (x + 3.4, end + 6.5)], "tip", closed=True)
+    yield tip(x, end, 0, 1)
+
+
+def tip(x: float, y: float, dx: int, dy: int) -> Element:
+    """An arrow's tip at (x, y), come from the direction (dx, dy) along an axis."""
+    long, half = 6.5, 3.4
+    sides = [(x + long * dx + turn * half * dy, y + long * dy + turn * half * dx) for turn in (-1, 1)]
+    return path([(x, y), *sides], "tip", closed=True)
 
 
 def plus(x: float, y: float) -> Element:
@@ -155,11 +162,8 @@ class Column:
         """The frame of the model's kind of that number, with all that is in it."""
         kind = self.sheet.kinds[number]
         top = bottom - row.height
-        single = len(self.sheet.kinds) == 1
-        title = (
-            f"{self.sheet.depth:,} layer{'s' * (self.sheet.depth > 1)}" if single else f"{len(kind.layers):,} × {kind.name}"
-        )
-        title = metrics.fitted(title, 12.5, FRAME - 130, bold=True)
+        alone = many(self.sheet.depth, "layer") if len(self.sheet.kinds) == 1 else None
+        title = metrics.fitted(alone or f"{len(kind.layers):,} × {kind.name}", 12.5, FRAME - 130, bold=True)
         band = [
             rect(0, top, FRAME, row.height, "frame edge", 8),
             element("path", d=f"M0.5 {top + BAND}V{top + 8}Q0.5 {top + 0.5} 8 {top + 0.5}H{FRAME - 8}"
@@ -221,9 +225,8 @@ class Column:
         fork, at = y - LEAD, y - LEAD - STEP
         yield path([(MIDDLE, start), (MIDDLE, fork)], "flow")
         below, beside = fork, at
-        for slot, room, place in zip(
-            (branch.before, branch.part, branch.after), heights, ("before", "main", "after"), strict=True
-        ):
+        slots = ("before", branch.before), ("main", branch.part), ("after", branch.after)
+        for (place, slot), room in zip(slots, heights, strict=True):
             if slot is not None:
                 wide = BOX if place == "before" else width
                 high = tall(kind, slot, wide, room)
@@ -251,8 +254,7 @@ class Column:
     def _around(self, fork: float, centre: float) -> Iterator[Element]:
         """The residual stream past the branch."""
         yield path([(MIDDLE, fork), (BYPASS, fork), (BYPASS, centre), (MIDDLE + PLUS + 5, centre)], "flow")
-        x = MIDDLE + PLUS + 1
-        yield path([(x, centre), (x + 6.5, centre - 3.4), (x + 6.5, centre + 3.4)], "tip", closed=True)
+        yield tip(MIDDLE + PLUS + 1, centre, 1, 0)
         yield element("circle", cx=MIDDLE, cy=fork, r=2.2, class_="tip")
 
     def _joined(self, x: float, below: float, centre: float) -> Iterator[Element]:
@@ -261,8 +263,7 @@ class Column:
             yield from arrow(MIDDLE, below, centre + PLUS)
         else:
             yield path([(x, below), (x, centre), (MIDDLE - PLUS - 5, centre)], "flow")
-            tip = MIDDLE - PLUS - 1
-            yield path([(tip, centre), (tip - 6.5, centre - 3.4), (tip - 6.5, centre + 3.4)], "tip", closed=True)
+            yield tip(MIDDLE - PLUS - 1, centre, -1, 0)
         yield plus(MIDDLE, centre)
         yield path([(MIDDLE, centre - PLUS), (MIDDLE, centre - PLUS - LEAD)], "flow")
 

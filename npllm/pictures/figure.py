@@ -22,7 +22,7 @@ from npllm.pictures.diagram import (
     measured,
     texture,
     textures,
-)  # fmt: skip
+)
 from npllm.pictures.drawing import Drawing
 from npllm.pictures.parts import Differences, Kind, Sheet
 from npllm.pictures.svg import Element, group, path, rect, text
@@ -72,11 +72,12 @@ class Levels:
 
     def __init__(self, top: float, head: float, stack: float, embedding: float) -> None:
         self.caption = top
-        self.head, self.head_tall = top + CAPTION + RISE - 6, head
+        self.head = top + CAPTION + RISE - 6
         self.norm = self.head + head + RISE - 4
         self.stack = self.norm + boxes.SLIM + RISE
-        self.embedding, self.embedding_tall = self.stack + stack + RISE, embedding
-        self.bottom = self.embedding + embedding + RISE + CAPTION - 4
+        self.embedding = self.stack + stack + RISE
+        self.tokens = self.embedding + embedding + RISE
+        self.bottom = self.tokens + CAPTION - 4
 
 
 def _facts(sheet: Sheet) -> list[tuple[str, str]]:
@@ -108,9 +109,8 @@ def _column(
 
 def _spine(sheet: Sheet, column: Column, kinds: list[Kind | None], rows: list[Row], at: Levels) -> Iterator[Element]:
     """From the tokens at the bottom to the logits at the top."""
-    bottom = at.embedding + at.embedding_tall
-    yield text(MIDDLE, bottom + RISE + 12, "tokens", boxes.SIZE, "soft", anchor="middle")
-    yield from arrow(MIDDLE, bottom + RISE, bottom)
+    yield text(MIDDLE, at.tokens + 12, "tokens", boxes.SIZE, "soft", anchor="middle")
+    yield from arrow(MIDDLE, at.tokens, at.embedding + boxes.height(sheet.embedding, BOX))
     yield column.part("embedding", sheet.embedding, LEFT, at.embedding, BOX)
     below, y = at.embedding, at.embedding - RISE
     number = 0
@@ -125,7 +125,7 @@ def _spine(sheet: Sheet, column: Column, kinds: list[Kind | None], rows: list[Ro
         yield from arrow(MIDDLE, below, at.norm + boxes.SLIM)
         yield column.part("norm", sheet.norm, LEFT, at.norm, BOX)
         below = at.norm
-    yield from arrow(MIDDLE, below, at.head + at.head_tall)
+    yield from arrow(MIDDLE, below, at.head + boxes.height(sheet.head, BOX))
     yield column.part("head", sheet.head, LEFT, at.head, BOX)
     yield from arrow(MIDDLE, at.head, at.head - RISE + 8)
     yield text(MIDDLE, at.caption + 10, "logits", boxes.SIZE, "soft", anchor="middle")

@@ -13,7 +13,7 @@ from npllm.pictures.diagram import textures
 from npllm.pictures.drawing import Drawing
 from npllm.pictures.svg import Element, element, group, path, rect, text
 
-MARGIN, WIDTH, FIELD = 30.0, 904.0, 392.0
+MARGIN, WIDTH = 30.0, 904.0
 PANEL, PANEL_GAP = 200.0, 14.67
 HEADS, GROUPS = 8, 2
 SIZE, SMALL = 12.0, 11.0

@@ -72,11 +72,13 @@ class Kind:
     altered: tuple[tuple[str, Part], ...] = ()
 
     def parts(self) -> Iterator[tuple[str, Part]]:
-        for place, part in (("first", self.first), ("last", self.last)):
-            if part is not None:
-                yield place, part
+        """Each part with its place, in the order of computation."""
+        if self.first is not None:
+            yield "first", self.first
         for branch in self.branches:
             yield from branch.parts()
+        if self.last is not None:
+            yield "last", self.last
 
 
 @dataclass(frozen=True)
