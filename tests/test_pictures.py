@@ -299,6 +299,8 @@ def test_text_is_cut_to_its_room_and_not_before() -> None:
         cut = metrics.fitted("a wide title", 10, most)
         assert cut.endswith("…")
         assert metrics.width(cut, 10) <= max(most, metrics.width("…", 10))
+    assert metrics.fitted_name("/folder/of/models/qwen3", 10, 50) == "…s/qwen3"
+    assert metrics.fitted_name("a model of long name", 10, 50) == "a model…"
     assert metrics.width("模型", 10) == 20
     assert metrics.width("e\u0301", 10) == metrics.width("e", 10) == metrics.width("é", 10)
 

@@ -58,7 +58,7 @@ CURVES = (
 
 def shown(d: Description) -> str:
     """A model's name on one line, without what would steer a terminal or turn the text around."""
-    return printable(d.name)
+    return printable(d.name, 1000).removesuffix("/config.json") or d.name
 
 
 def _diagram(descriptions: Sequence[Description]) -> Drawing:

@@ -186,7 +186,7 @@ def _labels(names: list[str], lines: list[list[Point]], plot: Box) -> Iterator[E
     """
     taken: list[Box] = []
     for i in sorted(range(len(lines)), key=lambda i: (-lines[i][-1][0], lines[i][-1][1])):
-        name = metrics.fitted(names[i], SIZE, NAME, bold=True)
+        name = metrics.fitted_name(names[i], SIZE, NAME)
         wide = metrics.width(name, SIZE, bold=True) + KEY + 2 * CLEAR
         box, anchor = _free(lines, i, wide, taken, plot)
         taken.append(box)

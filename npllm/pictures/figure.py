@@ -91,7 +91,7 @@ def _facts(sheet: Sheet) -> list[tuple[str, str]]:
 
 
 def _header(sheet: Sheet, told: list[tuple[str, str]]) -> Iterator[Element]:
-    yield text(STRIP, MARGIN + NAME - 3, metrics.fitted(sheet.name, NAME, FRAME, bold=True), NAME, bold=True)
+    yield text(STRIP, MARGIN + NAME - 3, metrics.fitted_name(sheet.name, NAME, FRAME), NAME, bold=True)
     for i, (word, content) in enumerate(told):
         y = MARGIN + NAME + 20 + i * FACT_LINE
         if word:

@@ -43,13 +43,18 @@ def _advance(character: str, widths: dict[str, int]) -> int:
     return widths.get(base, 667)
 
 
-def fitted(content: str, size: float, most: float, *, bold: bool = False) -> str:
-    """`content`, or as much of it as is at most `most` wide, with an ellipsis in the place of the rest."""
+def fitted(content: str, size: float, most: float, *, bold: bool = False, tail: bool = False) -> str:
+    """`content`, or as much of its beginning (of its `tail`) as is at most `most` wide, with an ellipsis for the rest."""
     if width(content, size, bold=bold) <= most:
         return content
     while content and width(content + "…", size, bold=bold) > most:
-        content = content[:-1]
-    return content.rstrip() + "…"
+        content = content[1:] if tail else content[:-1]
+    return f"…{content.lstrip()}" if tail else f"{content.rstrip()}…"
+
+
+def fitted_name(name: str, size: float, most: float) -> str:
+    """A model's name in bold type; of a path the end tells more."""
+    return fitted(name, size, most, bold=True, tail="/" in name)
 
 
 def wrapped(items: list[str], size: float, most: float, separator: str = "  ") -> list[list[int]]:
