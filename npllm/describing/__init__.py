@@ -13,7 +13,6 @@ from npllm.describing.steps import steps_of
 from npllm.describing.structure import embedding_of, head_of, kinds_of, layers_of, pattern_of
 from npllm.describing.weights import FORMATS, parameters_of, stored_format, weight_bytes
 from npllm.models import REGISTRY, Described
-from npllm.published import Published
 
 __all__ = ["Description", "describe", "description_of"]
 
@@ -28,11 +27,11 @@ def describe(source: str | Path | Mapping[str, Any] | None = None, revision: str
     ConfigError for a config that is malformed or unsupported, ArgumentError (with the nearest names) for an unknown name,
     HubError from the hub.
     """
-    name, described, known = found(source, revision)
-    return description_of(described, name, known)
+    name, described, claim = found(source, revision)
+    return description_of(described, name, claim)
 
 
-def description_of(described: Described, name: str, known: Published | None = None) -> Description:
+def description_of(described: Described, name: str, claim: str = "") -> Description:
     """The description of a configuration that has been read."""
     architecture, config = described.architecture, described.config
     spec = architecture.weight_spec(config)
@@ -58,5 +57,5 @@ def description_of(described: Described, name: str, known: Published | None = No
         cache=tuple(architecture.cache_spec(config)),
         steps=steps_of(events, sizes),
         stored=stored_format(described.values),
-        published=known,
+        claim=claim,
     )

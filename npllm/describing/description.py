@@ -15,7 +15,6 @@ from npllm.blocks.mla import absorbed_is_cheaper
 from npllm.blocks.moe import Router
 from npllm.blocks.rope import Rope
 from npllm.cache import KV_BYTES, LayerSpec, cache_bytes
-from npllm.published import Published
 
 
 @dataclass(frozen=True)
@@ -303,6 +302,7 @@ class Description:
     cache        what the layers that have keys and values of their own keep per token.
     steps        the forward pass.
     stored       the storage format of the published file, where config.json says it.
+    claim        what the publisher says of the size, and what is counted differently there.
     """
 
     name: str
@@ -321,7 +321,7 @@ class Description:
     cache: tuple[LayerSpec, ...]
     steps: tuple[Step, ...] = field(repr=False)
     stored: str = "bf16"
-    published: Published | None = None
+    claim: str = ""
 
     # -- keys and values: bytes of one row -----------------------------------------------------------------------------
 
@@ -372,8 +372,15 @@ class Description:
 
         A layer that shares another's keys reads them once more.
         """
-        return sum(step.bytes(context - 1, weights or self.stored, kv_dtype) for step in self.steps)
+        keys = sum(step.scores.bytes(context - 1, kv_dtype) for step in self.steps if step.scores)
+        return self.weights_read(weights or self.stored) + keys
 
     def weights_read(self, format: str) -> int:
-        """Bytes of weights that one decoded token reads: of a mixture the chosen experts, of a table a row."""
-        return sum(dict(step.weight_bytes)[format] for step in self.steps)
+        """Bytes of weights that one decoded token reads: of a mixture the chosen experts, of a table a row.
+
+        What several steps read counts once.
+        """
+        read: dict[tuple[str, ...], int] = {}
+        for step in self.steps:
+            read[step.weights] = max(read.get(step.weights, 0), dict(step.weight_bytes)[format])
+        return sum(read.values())

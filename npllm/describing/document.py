@@ -33,7 +33,7 @@ def document(
             "active_without_embedding_and_head": p.without(*INPUT, "head").active,
             "total_without_input_embedding": p.without(*INPUT).total,
             "parts": {part: count._asdict() for part, count in p},
-            "published": d.published.claim if d.published else None,
+            "published": d.claim or None,
         },
         "weight_bytes": {format: {"total": size, "per_token": d.weights_read(format)} for format, size in d.weight_bytes},
         "stored": d.stored,

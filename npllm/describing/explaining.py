@@ -71,8 +71,10 @@ def explanation(d: Description, context: int, kv_dtype: str, weights: str | None
 
 def _together(section: Section, context: int, format: str, kv_dtype: str) -> str:
     flops = sum(step.flops(1, context - 1) for step in section.steps)
-    size = sum(step.bytes(context - 1, format, kv_dtype) for step in section.steps)
-    parameters, active = (sum(getattr(step, name) for step in section.steps) for name in ("parameters", "active"))
+    once = {step.weights: step for step in section.steps}.values()
+    parameters, active = (sum(getattr(step, name) for step in once) for name in ("parameters", "active"))
+    keys = sum(step.scores.bytes(context - 1, kv_dtype) for step in section.steps if step.scores)
+    size = keys + sum(dict(step.weight_bytes)[format] for step in once)
     used = "" if active == parameters else f", {active:,} of them used"
     what = "each of these layers" if len(section.layers) > 1 else "together"
     return f"{INDENT}{what}: {parameters:,} parameters{used}; {decimal(flops)} FLOPs; {binary(size)} read"

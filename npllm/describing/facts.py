@@ -227,6 +227,7 @@ def _parameters(d: Description) -> Iterator[Fact]:
     yield _count("active, without embedding and head", p.without(*INPUT, "head").active)
     if p["lookup"].total:
         yield _count("effective, without embedding tables", p.without(*INPUT).total)
+    yield Fact("parameters", "published", d.claim or NONE)
     for part, count in p:
         more = "" if count.total == count.active else f", {decimal(count.active)} active"
         yield Fact("parameters", part, f"{decimal(count.total)}{more}", count.total)

@@ -345,7 +345,10 @@ def place_of(frame: FrameType) -> Place:
     at = frame
     while at.f_code.co_filename.startswith(INNER):
         at = _below(at)
-    return Place(shown_path(at.f_code.co_filename), at.f_lineno, at.f_code.co_name)
+    line = at.f_lineno
+    while at.f_code.co_name.startswith("<"):  # a comprehension, up to Python 3.11
+        at = _below(at)
+    return Place(shown_path(at.f_code.co_filename), line, at.f_code.co_name)
 
 
 @functools.cache

@@ -71,8 +71,8 @@ def _parameters(d: Description) -> Iterator[str]:
     if p["head"].total:
         sums.append(("without embedding and head", p.without(*INPUT, "head")))
     yield from columns((), [(name, f"{count.total:,}", f"{count.active:,}") for name, count in sums])
-    if d.published and d.published.claim:
-        yield from _wrapped("published", d.published.claim)
+    if d.claim:
+        yield from _wrapped("published", d.claim)
 
 
 def _weights(d: Description) -> Iterator[str]:

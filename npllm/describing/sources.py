@@ -17,11 +17,11 @@ log = logging.getLogger("npllm")
 
 
 class Found(NamedTuple):
-    """What a source led to: the model's name, its configuration, and what is published of it."""
+    """What a source led to: the model's name, its configuration, and what its publisher says of its size."""
 
     name: str
     described: Described
-    known: published.Published | None = None
+    claim: str = ""
 
 
 def found(source: str | Path | Mapping[str, Any] | None, revision: str | None = None) -> Found:
@@ -38,7 +38,7 @@ def found(source: str | Path | Mapping[str, Any] | None, revision: str | None = 
         return Found(name, _read_file(path))
     known = published.find(name)
     if known is not None:
-        return Found(known, interpret(published.MODELS[known].config, known, warn=_silent), published.MODELS[known])
+        return Found(known, interpret(published.MODELS[known].config, known, warn=_silent), published.CLAIMS.get(known, ""))
     if path.suffix == ".json" or path.is_absolute() or name.startswith("."):
         raise ArgumentError(f"{printable(name)}: no such file or folder")
     if "/" not in name:

@@ -107,7 +107,7 @@ def attention_of(core: Event, events: list[Event]) -> Attention:
     kv_heads, latent = (heads, d["latent"]) if "latent" in d else (d["kv_heads"], None)
     before = list(query.ancestors())
     rope = next((event for event in before if event.op == "rope"), None)
-    ranks = [event.shape[-1] for event in before if event.is_norm and _over(event, heads * width) == "latent"]
+    query_norm = _head_norm(query, heads * width)
     return Attention(
         kind=_kind(heads, kv_heads, latent),
         heads=heads,
@@ -118,7 +118,7 @@ def attention_of(core: Event, events: list[Event]) -> Attention:
         rope=_rope(rope),
         interleaved=bool(rope and rope.details["interleaved"]),
         scale=d["scale"],
-        query_norm=_head_norm(query, heads * width),
+        query_norm=query_norm,
         key_norm=_head_norm(key, kv_heads * width),
         value_norm=_head_norm(made_by[2], kv_heads * value) if len(made_by) > 2 else None,
         biases=biases_of(events, "attention"),
@@ -126,7 +126,7 @@ def attention_of(core: Event, events: list[Event]) -> Attention:
         sinks=bool(core.weights) and core.op == "attention",
         temperature=any(event.op == "temperature" and event.details["strength"] for event in before),
         shares_keys_of=None if key.layer == core.layer else key.layer,
-        query_rank=ranks[0] if ranks else None,
+        query_rank=query_norm.norm.width if query_norm and query_norm.over == "latent" else None,
         latent=latent,
         rope_dim=d.get("rope_dim"),
     )

@@ -8,9 +8,10 @@ npllm gets the numbers from the fields.
 from __future__ import annotations
 
 from . import deepseek, gemma, gpt2, llama, mistral, olmo2, qwen
+from .claims import CLAIMS
 from .model import Published
 
-__all__ = ["MODELS", "NAMES", "Published", "find"]
+__all__ = ["CLAIMS", "MODELS", "NAMES", "Published", "find"]
 
 MODELS: dict[str, Published] = (
     gpt2.MODELS | llama.MODELS | olmo2.MODELS | qwen.MODELS | mistral.MODELS | gemma.MODELS | deepseek.MODELS

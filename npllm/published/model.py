@@ -10,7 +10,6 @@ class Published(NamedTuple):
     kv_bytes     bytes per token of a bfloat16 cache, all layers counted.
     active       billions of parameters that one token uses (all but the experts not chosen), as printed: its digits count.
     growing      the bytes per token that still grow when all windows are full; None where every layer sees everything.
-    claim        what the publisher says of its size, and what is counted differently there.
     """
 
     config: dict[str, Any]
@@ -18,7 +17,6 @@ class Published(NamedTuple):
     kv_bytes: int
     active: str | None = None
     growing: int | None = None
-    claim: str = ""
 
 
 def sizes(width: int, layers: int, heads: int, inner: int, kv_heads: int) -> dict[str, int]:
