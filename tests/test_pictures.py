@@ -13,17 +13,21 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from npllm import describe, pictures
-from npllm.describing import Description
+from npllm.describing import Description, description_of
 from npllm.errors import ArgumentError
 from npllm.pictures import curves, metrics, sheets, theme
 from npllm.pictures.diagram import arranged, ranges
-from npllm.pictures.parts import Part, Sheet
+from npllm.pictures.parts import Sheet
 from npllm.pictures.svg import element, group, rect, render, text
 from npllm.saving import write_texts
 from tests import browser
-from tests.pictured import inflated, many_kinds, random_descriptions
+from tests import strategies as our
+from tests.geometry import faults
+from tests.pictured import NAMES, inflated, many_kinds, random_descriptions
 from tools import gallery
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -361,6 +365,23 @@ def test_a_link_is_followed_and_a_pipe_is_written_to(tmp_path: Path) -> None:
     os.close(reader)
 
 
+# -- without a browser ------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(our.tiny_config(), min_size=1, max_size=4), st.booleans())
+def test_words_fit_and_nothing_overlaps(described: list[Any], large: bool) -> None:
+    models = [description_of(each, name) for each, name in zip(described, NAMES, strict=False)]
+    models = [inflated(each) for each in models] if large else models
+    assert faults(pictures.diagram_svg(models)) == []
+    assert faults(pictures.curves_svg(models)) == []
+
+
+def test_in_the_gallery_words_fit_and_nothing_overlaps() -> None:
+    assert [faults(text) for name, text in gallery_files().items() if name.endswith(".svg")] == [[]] * (
+        len(gallery.PAIRS) + 2
+    )
+
+
 # -- in a browser -----------------------------------------------------------------------------------------------------
 
 
@@ -393,12 +414,11 @@ def test_in_a_browser_a_page_does_not_scroll_sideways(tmp_path: Path) -> None:
     assert seen["scroll"] <= 0
 
 
-def faulty(*children: Any) -> str:
-    root = element("svg", element("style", theme.styles()), rect(0, 0, 400, 300, "paper"), *children, width=400, height=300)
-    return render(root)
+def faulty(*children: Any, **attributes: str) -> str:
+    paper = rect(0, 0, 400, 300, "paper")
+    return render(element("svg", element("style", theme.styles()), paper, *children, width=400, height=300, **attributes))
 
 
-LABEL = Part("ends", "Label")
 FAULTS = {
     "outside its box": [group([rect(10, 10, 50, 20, "ends edge"), text(15, 24, "much too long for it", 12)], "box")],
     "outside the picture": [text(390, 100, "beyond", 12)],
@@ -416,6 +436,17 @@ FAULTS = {
     "an arrow ends nowhere": [element("path", d="M30 40 26 46 34 46Z", class_="tip")],
     "contrast": [text(10, 50, "pale", 12, "mark")],
 }  # fmt: skip
+
+
+FOUND_IN_THE_FILE = (
+    "outside its box", "outside the picture", "text on text", "box on box", "a box leaves its box", "text on a box",
+)  # fmt: skip
+
+
+def test_every_fault_that_a_file_shows_is_found() -> None:
+    for kind in FOUND_IN_THE_FILE:
+        assert len(faults(faulty(*FAULTS[kind], xmlns="http://www.w3.org/2000/svg"))) == 1, kind
+    assert not faults(faulty(text(10, 50, "fine", 12), xmlns="http://www.w3.org/2000/svg"))
 
 
 @browser.needs_browser

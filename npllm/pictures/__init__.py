@@ -16,8 +16,8 @@ from npllm.pictures.page import Row
 __all__ = ["Row", "curves_svg", "diagram_svg", "memory_svg", "page_html"]
 
 NOTE = (
-    "Drawn by npllm from the configurations alone. Layers are drawn from below to above; parameters are of the text part, "
-    "keys and values in bfloat16. FLOPs are those of matrix products, two for a multiply-add."
+    "Drawn by npllm from the configurations alone, layers from below to above. Parameters are of the text part; in the "
+    "pictures keys and values are bfloat16. FLOPs are those of matrix products, two to a multiply-add."
 )
 
 

@@ -145,15 +145,17 @@ def _drawn(lines: list[list[Point]]) -> Iterator[Element]:
     for i, points in enumerate(lines):
         yield path(points, f"curve{i % theme.CURVES}")
     for i, points in enumerate(lines):
-        for x, y in marked(points):
+        for x, y in marked(points, 30.0 + 15 * (i % 3)):
             yield marker(i % theme.CURVES, x, y)
 
 
-def marked(points: list[Point]) -> list[Point]:
-    """A few points of a line, its ends among them, on which its marker stands: at least 60 units apart."""
+def marked(points: list[Point], first: float) -> list[Point]:
+    """A few points of a line, its ends among them, on which its marker stands: at least 60 units apart, from the end `first`
+    (which tells lines apart that lie on each other).
+    """
     chosen = [points[-1]]
     for point in reversed(points[:-1]):
-        if math.dist(point, chosen[-1]) >= 60:
+        if math.dist(point, chosen[-1]) >= (first if len(chosen) == 1 else 60):
             chosen.append(point)
     return chosen if chosen[-1] == points[0] or math.dist(points[0], chosen[-1]) < 25 else [*chosen, points[0]]
 
