@@ -169,6 +169,8 @@ class Memory(NamedTuple):
 
 
 class Memories(NamedTuple):
+    """The caches of all layers, by the name that a `Cache` has for them."""
+
     layers: list[Memory]
 
 

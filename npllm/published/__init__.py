@@ -7,9 +7,9 @@ npllm gets the numbers from the fields.
 
 from __future__ import annotations
 
-from . import deepseek, gemma, gpt2, llama, mistral, olmo2, qwen
-from .claims import CLAIMS
-from .model import Published
+from npllm.published import deepseek, gemma, gpt2, llama, mistral, olmo2, qwen
+from npllm.published.claims import CLAIMS
+from npllm.published.model import Published
 
 __all__ = ["CLAIMS", "MODELS", "NAMES", "Published", "find"]
 
