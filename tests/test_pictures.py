@@ -178,6 +178,11 @@ def test_many_kinds_are_few_frames_that_account_for_every_layer() -> None:
     assert "17 to 75 wide" in facts
 
 
+def test_kinds_that_share_a_frame_tell_the_ends_of_their_numbers() -> None:
+    same = [("2 of 8 experts", "1,000 wide", "scale 0.5"), ("2 of 16 experts", "90 wide", "full context")]
+    assert sheets._ends(same) == ("2 of 8 to 16 experts", "90 to 1,000 wide", "scale 0.5 or full context")
+
+
 # -- files that stand on their own ------------------------------------------------------------------------------------
 
 

@@ -114,16 +114,25 @@ def _union(kinds: list[Kind]) -> Kind:
     return replace(first, name=name, layers=layers, branches=tuple(united))
 
 
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
+
+
 def _ends(facts: list[tuple[str, ...]]) -> tuple[str, ...]:
-    """For each place, the fact, or the same words with the least and the greatest of its first number."""
+    """For each place the fact, with the least and the greatest where numbers differ; all there are where words do."""
     told = []
     for same in zip(*facts, strict=True):
-        numbers = [int(found[0].replace(",", "")) for fact in same if (found := re.search(r"\d[\d,]*", fact))]
-        if len(set(same)) == 1 or not numbers or min(numbers) == max(numbers):
-            told.append(same[0])
-        else:
-            told.append(re.sub(r"\d[\d,]*", f"{min(numbers):,} to {max(numbers):,}", same[0], count=1))
+        texts = list(dict.fromkeys(same))
+        if len({NUMBER.sub("", text) for text in texts}) > 1:
+            told.append(" or ".join(texts))
+            continue
+        columns = zip(*(NUMBER.findall(text) for text in texts), strict=True)
+        ends = iter([sorted(set(column), key=lambda number: float(number.replace(",", ""))) for column in columns])
+        told.append(NUMBER.sub(lambda _: _range(next(ends)), texts[0]))
     return tuple(told)
+
+
+def _range(numbers: list[str]) -> str:
+    return numbers[0] if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
 
 def _cut(kinds: list[Kind]) -> list[Kind]:
