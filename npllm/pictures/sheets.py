@@ -119,20 +119,19 @@ NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 
 def _ends(facts: list[tuple[str, ...]]) -> tuple[str, ...]:
     """For each place the fact, with the least and the greatest where numbers differ; all there are where words do."""
-    told = []
-    for same in zip(*facts, strict=True):
-        texts = list(dict.fromkeys(same))
-        if len({NUMBER.sub("", text) for text in texts}) > 1:
-            told.append(" or ".join(texts))
-            continue
-        columns = zip(*(NUMBER.findall(text) for text in texts), strict=True)
-        ends = iter([sorted(set(column), key=lambda number: float(number.replace(",", ""))) for column in columns])
-        told.append(NUMBER.sub(lambda _: _range(next(ends)), texts[0]))
-    return tuple(told)
+    return tuple(_united(list(dict.fromkeys(same))) for same in zip(*facts, strict=True))
 
 
-def _range(numbers: list[str]) -> str:
-    return numbers[0] if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+def _united(texts: list[str]) -> str:
+    if len({NUMBER.sub("", text) for text in texts}) > 1:
+        return " or ".join(texts)
+    ranges = map(_range, zip(*(NUMBER.findall(text) for text in texts), strict=True))
+    return NUMBER.sub(lambda _: next(ranges), texts[0])
+
+
+def _range(numbers: tuple[str, ...]) -> str:
+    least, *_, most = sorted([*numbers, numbers[0]], key=lambda number: float(number.replace(",", "")))
+    return least if least == most else f"{least} to {most}"
 
 
 def _cut(kinds: list[Kind]) -> list[Kind]:
