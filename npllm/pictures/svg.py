@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 
@@ -20,13 +20,6 @@ class Element:
     tag: str
     attributes: tuple[tuple[str, str], ...]
     children: tuple[Element | str, ...] = ()
-
-    def walk(self) -> Iterator[Element]:
-        """This element and all below it, in the order of the file."""
-        yield self
-        for child in self.children:
-            if isinstance(child, Element):
-                yield from child.walk()
 
 
 def element(tag: str, *children: Element | str, **attributes: str | float | None) -> Element:

@@ -43,11 +43,6 @@ def styles() -> str:
     return "\n".join([_root(0), f"@media screen and (prefers-color-scheme: dark) {{ {_root(1)} }}", *rules])
 
 
-def variables() -> str:
-    """The variables alone, light and dark, for a page around pictures."""
-    return "\n".join([_root(0), f"@media screen and (prefers-color-scheme: dark) {{ {_root(1)} }}"])
-
-
 def _root(theme: int) -> str:
     declared = " ".join(f"--{name}: {pair[theme]};" for name, pair in COLOURS.items())
     return f":root {{ color-scheme: {('light', 'dark')[theme]}; {declared} }}"
