@@ -25,12 +25,13 @@ from npllm.describing.explaining import sections_of, statement
 from npllm.describing.limits import Machine, limit, measure, parse_machine
 from npllm.describing.steps import DEFINITIONS
 from npllm.describing.structure import pattern_of
-from npllm.describing.weights import FORMATS
+from npllm.describing.weights import FORMATS, stored_bytes
 from npllm.errors import ArgumentError, ConfigError
 from npllm.hub import fetch
 from npllm.models import REGISTRY, Described
 from npllm.published import MODELS
-from npllm.weights import leaves, random_weights
+from npllm.quantised import Block
+from npllm.weights import Tensor, leaves, random_weights
 from tests import strategies as our
 from tests.counting import Counted, CountingBackend
 
@@ -468,6 +469,17 @@ def fp8(d: Description) -> int:
     return coded + coded // (128 * 128) * 4
 
 
+def test_bytes_as_published() -> None:
+    """By hand: a matrix of 300 x 200 in FP8 has 3 x 2 factors; only attention, FFN and experts are stored so."""
+    matrix = Tensor((300, 200), "FD", "ffn")
+    assert stored_bytes("", matrix, "bf16") == 120_000
+    assert stored_bytes("", matrix, "f8_e4m3") == 60_000 + 4 * 6
+    assert stored_bytes("", matrix, "f8_e4m3", Block(300, 10)) == 60_000 + 4 * 20
+    assert stored_bytes("", Tensor((5, 300, 200), "EFD", "experts"), "f8_e4m3") == 5 * (60_000 + 4 * 6)
+    assert stored_bytes("", Tensor((300, 200), "ED", "router"), "f8_e4m3") == 120_000
+    assert stored_bytes("", Tensor((300,), "E", "buffer"), "bf16") == 1200
+
+
 @given(
     window=st.none() | st.integers(1, 9),
     chunk=st.none() | st.integers(1, 9),
@@ -599,11 +611,15 @@ def test_either_spelling(name: str) -> None:
 
 @pytest.mark.parametrize("kind", REGISTRY)
 def test_any_registered_type(kind: str) -> None:
-    """Class defaults alone are enough, but for a number that DeepSeek V2 has no default of."""
+    """Class defaults are enough, but for a number that DeepSeek V2 has no default of. Every operation has a meaning."""
     values = {"model_type": kind} | ({"num_experts_per_tok": 6} if kind == "deepseek_v2" else {})
     d = describe(values)
     assert d.model_type == kind
     assert d.decode_flops(10) > d.parameters.active
+    meanings = {step.op: step.meaning for step in d.steps}
+    assert all(meaning for op, meaning in meanings.items() if op)
+    assert "sqrt" in meanings.get("rms_norm", meanings.get("layer_norm", ""))
+    assert inspect.cleandoc(DEFINITIONS["linear"].__doc__ or "").startswith(meanings["linear"])
 
 
 def test_only_the_config_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -679,15 +695,6 @@ def test_places_are_where_they_say(name: str) -> None:
             assert step.meaning
             line = (PACKAGE.parent / step.block.file).read_text(encoding="utf-8").splitlines()[step.block.line - 1]
             assert line.lstrip().startswith(f"def {step.block.function}(")
-
-
-@every_architecture
-def test_every_operation_says_what_it_means(architecture: str) -> None:
-    d = describe({"model_type": architecture} | ({"num_experts_per_tok": 6} if architecture == "deepseek_v2" else {}))
-    meanings = {step.op: step.meaning for step in d.steps}
-    assert all(meaning for op, meaning in meanings.items() if op)
-    assert "sqrt" in meanings.get("rms_norm", meanings.get("layer_norm", ""))
-    assert inspect.cleandoc(DEFINITIONS["linear"].__doc__ or "").startswith(meanings["linear"])
 
 
 def test_scores() -> None:

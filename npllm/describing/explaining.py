@@ -56,14 +56,14 @@ def explanation(d: Description, context: int, kv_dtype: str, weights: str | None
     """All steps, with the FLOPs of one decoded token that sees `context` tokens and the bytes that it reads."""
     format = weights or d.stored
     stored = f"weights in {format}, keys and values in {kv_dtype}"
-    lines = [f"{d.name} ({d.model_type}): one token at a context of {context:,}, {stored}"]
+    lines = textwrap.wrap(f"{d.name} ({d.model_type}): one token at a context of {context:,}, {stored}", WIDTH)
     if context > d.context:
         lines.append(f"beyond the model: {context:,} tokens are asked for, it was made for {d.context:,}")
     for section in sections_of(d):
         lines += ["", section.title]
         for i, steps in enumerate(merged(section.steps), 1):
             lines += _step(i, steps, section, context, format, kv_dtype)
-        lines.append(_together(section, context, format, kv_dtype))
+        lines += _wrapped(_together(section, context, format, kv_dtype))
     total = f"{decimal(d.decode_flops(context))} FLOPs, {binary(d.decode_bytes(context, format, kv_dtype))} read"
     lines += ["", f"in all: {d.parameters.total:,} parameters, {d.parameters.active:,} active; {total}"]
     return "\n".join([*lines, "", *textwrap.wrap(CONVENTIONS, WIDTH, break_on_hyphens=False)]) + "\n"
@@ -77,7 +77,7 @@ def _together(section: Section, context: int, format: str, kv_dtype: str) -> str
     size = keys + sum(dict(step.weight_bytes)[format] for step in once)
     used = "" if active == parameters else f", {active:,} of them used"
     what = "each of these layers" if len(section.layers) > 1 else "together"
-    return f"{INDENT}{what}: {parameters:,} parameters{used}; {decimal(flops)} FLOPs; {binary(size)} read"
+    return f"{what}: {parameters:,} parameters{used}; {decimal(flops)} FLOPs; {binary(size)} read"
 
 
 def merged(steps: Iterable[Step]) -> Iterator[list[Step]]:
@@ -97,7 +97,10 @@ def _step(i: int, steps: list[Step], section: Section, context: int, format: str
     said = step.meaning if step.op else f"`{statement(step.block or step.place)}`"
     shapes = f"{', '.join(map(shape, steps[0].reads)) or '[]'} -> {shape(step.gives)}"
     title = f"{i:>4}  {name_of(step, section)}"
-    yield f"{title:<{WIDTH - len(shapes)}}{shapes}" if len(title) + len(shapes) < WIDTH else f"{title}  {shapes}"
+    if len(title) + len(shapes) < WIDTH:
+        yield f"{title:<{WIDTH - len(shapes)}}{shapes}"
+    else:
+        yield from (title, f"{shapes:>{WIDTH}}")
     yield from _wrapped(said)
     if numbers := told(step):
         yield from _wrapped(", ".join(f"{name} = {value}" for name, value in numbers.items()))
@@ -123,6 +126,9 @@ def name_of(step: Step, section: Section) -> str:
     if section.layers:
         within = f".{section.layers[0]}."
         modules = dict.fromkeys(name.partition(within)[2] or name for name in modules)
+    paths = dict.fromkeys(module.rpartition(".")[0] for module in modules)
+    if len(modules) > 1 and len(paths) == 1 and "" not in paths:
+        modules = {f"{next(iter(paths))}.({', '.join(module.rpartition('.')[2] for module in modules)})": None}
     return " ".join(filter(None, (step.op or "arithmetic", ", ".join(modules))))
 
 

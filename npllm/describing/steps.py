@@ -34,6 +34,9 @@ TOLD = """eps offset mask scale softcap rope interleaved router act weigh chosen
     bias residual""".split()
 
 
+NOTHING = tuple((format, 0) for format in FORMATS)
+
+
 def steps_of(events: list[Event], sizes: Mapping[str, Mapping[str, int]]) -> tuple[Step, ...]:
     """`sizes` holds for each weight its bytes by storage format."""
     return tuple(step_of(event, sizes) for event in events)
@@ -50,9 +53,7 @@ def step_of(event: Event, sizes: Mapping[str, Mapping[str, int]]) -> Step:
         weights=tuple(weight.name for weight in event.weights),
         parameters=sum(weight.tensor.size for weight in parameters),
         active=sum(_met(event, weight, weight.tensor.size) for weight in parameters),
-        weight_bytes=tuple(
-            (format, sum(_met(event, weight, sizes[weight.name][format]) for weight in event.weights)) for format in FORMATS
-        ),
+        weight_bytes=_weight_bytes(event, sizes) if event.weights else NOTHING,
         details=tuple((name, value) for name, value in event.details.items() if name in TOLD),
         products=event.products // rows,
         scores=_scores(event) if event.op in ATTENTION else None,
@@ -60,6 +61,12 @@ def step_of(event: Event, sizes: Mapping[str, Mapping[str, int]]) -> Step:
         place=event.place,
         block=event.inner if block is None else _defined(block),
         meaning="" if block is None else meaning(block),
+    )
+
+
+def _weight_bytes(event: Event, sizes: Mapping[str, Mapping[str, int]]) -> tuple[tuple[str, int], ...]:
+    return tuple(
+        (format, sum(_met(event, weight, sizes[weight.name][format]) for weight in event.weights)) for format in FORMATS
     )
 
 
