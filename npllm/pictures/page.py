@@ -15,7 +15,7 @@ STYLE = f"""
 body {{ margin: 0 auto; padding: 24px 16px 64px; max-width: 1400px; font: 15px/1.45 {FAMILY};
   color: {theme.COLOURS["ink"][0]}; color: var(--ink); background: {theme.COLOURS["paper"][0]}; background: var(--paper); }}
 h1 {{ font-size: 24px; margin: 8px 0 4px; overflow-wrap: anywhere; }}
-h2 {{ font-size: 18px; margin: 40px 0 12px; }}
+h2 {{ font-size: 18px; margin: 40px 0 12px; break-after: avoid; }}
 p, caption {{ color: {theme.COLOURS["soft"][0]}; color: var(--soft); }}
 figure {{ margin: 0; overflow-x: auto; }}
 figure svg {{ max-width: 100%; height: auto; display: block; margin: 0 auto; }}
