@@ -657,6 +657,13 @@ def test_bad_sources(source: Any, error: type[Exception], message: str) -> None:
         describe(source)
 
 
+@pytest.mark.parametrize("key", ["hidden_size", "intermediate_size", "vocab_size", "head_dim"])
+def test_widths_beyond_any_model(key: str) -> None:
+    """Refused at once, and not after filling the memory."""
+    with pytest.raises(ConfigError, match="numbers per token: too wide"):
+        describe({"model_type": "llama", key: 2**30})
+
+
 def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file; a model folder needs one"):
         describe(tmp_path)

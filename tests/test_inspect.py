@@ -158,7 +158,7 @@ def test_this_machine(run: Run) -> None:
         (["inspect", "./nothing"], 1, r"\./nothing: no such file or folder$"),
         (["inspect", ""], 1, "the model's name is empty"),
         (["inspect", "gpt2", "--context", "0"], 2, "0 must lie between 1 and"),
-        (["inspect", "gpt2", "--context", "many"], 2, "invalid"),
+        (["inspect", "gpt2", "--context", "many"], 2, "'many' is not a number of tokens"),
         (["inspect", "gpt2", "--context", "1" + "0" * 13], 2, "must lie between 1 and"),
         (["inspect", "gpt2", "--kv-dtype", "int3"], 2, "invalid choice"),
         (["inspect", "gpt2", "--machine", "fast"], 1, "give bandwidth and arithmetic, such as"),

@@ -85,7 +85,10 @@ MOST_TOKENS = 10**12
 
 
 def _tokens(text: str) -> int:
-    value = int(text.replace(",", "").replace("_", ""))
+    try:
+        value = int(text.replace(",", "").replace("_", ""))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens") from None
     if not 1 <= value <= MOST_TOKENS:
         raise argparse.ArgumentTypeError(f"{text} must lie between 1 and {MOST_TOKENS:,}")
     return value

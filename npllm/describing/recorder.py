@@ -8,6 +8,7 @@ comes out is a graph: which norm feeds which projection, what happened to the qu
 from __future__ import annotations
 
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +26,7 @@ from npllm.blocks.moe import Router
 from npllm.blocks.rope import Angles, Rope
 from npllm.cache import Keys, LayerSpec, Rows
 from npllm.describing.description import Place
+from npllm.errors import ConfigError
 from npllm.weights import Experts, Gate, Linear, Spec, Tensor, build_tree
 
 PACKAGE = Path(__file__).parent.parent
@@ -40,6 +42,9 @@ PLAIN = (int, float, str, Mask, Router)
 # Tokens of the recorded step, and of these those whose logits are wanted: they differ, so that a step's first axis tells
 # what it runs over.
 TOKENS, WANTED = 2, 1
+
+# Numbers that a step may give per token: far beyond any published model, and still quick to make.
+MOST_WIDTH = 1 << 24
 
 
 @dataclass(eq=False)
@@ -208,7 +213,9 @@ class Recorder(Backend):
         return made
 
     def record(self, op: str, shape: tuple[int, ...], read: Iterable[Any], weights: Iterable[Any], **details: Any) -> Traced:
-        """Note an operation -> zeros in the shape of its result."""
+        """Note an operation -> zeros in the shape of its result; ConfigError where that is beyond any model."""
+        if math.prod(shape) > TOKENS * MOST_WIDTH:
+            raise ConfigError(f"{op or 'arithmetic'} would give {math.prod(shape) // TOKENS:,} numbers per token: too wide")
         self.log.index = self.index
         event = self._begin(op, sys._getframe(1))
         event.shape, event.details = shape, details
