@@ -67,7 +67,9 @@ def _parameters(d: Description) -> Iterator[str]:
     yield from columns(("parameters", "all", "active per token"), [])
     named = [(part, count) for part, count in p]
     yield from columns((), [(part, f"{count.total:,}", f"{count.active:,}") for part, count in named])
-    sums = [("together", p.without()), ("without input embedding", p.without(*INPUT))]
+    # A tied embedding is the head too.
+    name = "without embedding tables" if p["lookup"].total else f"without {'' if d.head.tied else 'input '}embedding"
+    sums = [("together", p.without()), (name, p.without(*INPUT))]
     if p["head"].total:
         sums.append(("without embedding and head", p.without(*INPUT, "head")))
     yield from columns((), [(name, f"{count.total:,}", f"{count.active:,}") for name, count in sums])
