@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from npllm.backend import Backend
+    from npllm.describing import Description, describe
     from npllm.errors import NpllmError
     from npllm.generation import Output, Piece, Stream
     from npllm.llm import LLM, Score
@@ -20,12 +21,16 @@ if TYPE_CHECKING:
     from npllm.registry import get_backend
     from npllm.sampling import Sampling
 
-__all__ = ["LLM", "Backend", "NpllmError", "Output", "Piece", "Sampling", "Score", "Stream", "get_backend", "load"]
+__all__ = [
+    "LLM", "Backend", "Description", "NpllmError", "Output", "Piece", "Sampling", "Score", "Stream", "describe",
+    "get_backend", "load",
+]  # fmt: skip
 __version__ = "0.1.0"
 
 PLACES = {
-    "LLM": "llm", "Backend": "backend", "NpllmError": "errors", "Output": "generation", "Piece": "generation",
-    "Sampling": "sampling", "Score": "llm", "Stream": "generation", "get_backend": "registry", "load": "loading",
+    "LLM": "llm", "Backend": "backend", "Description": "describing", "NpllmError": "errors", "Output": "generation",
+    "Piece": "generation", "Sampling": "sampling", "Score": "llm", "Stream": "generation", "describe": "describing",
+    "get_backend": "registry", "load": "loading",
 }  # fmt: skip
 
 

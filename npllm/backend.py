@@ -358,7 +358,9 @@ class Backend:
         return blocks.latent(self.xp, down_MF, self.dense(w.kv_a_layernorm.weight), angles, eps, interleaved)
 
     def latent_attention(self, q_MHF: Array, keys: Keys, rows: Rows, w: Linear, /, *, mask: Mask, scale: float) -> Array:
-        """Attention of queries `[nope | rope]`, F wide, over cached latents; -> values [M, H, V]. `w` is kv_b_proj.
+        """`softmax(mask(scale * (q_nope W_k c + q_rope k_rope))) W_v c` per head -> values [M, H, V]; `w` is kv_b_proj.
+
+        Queries are `[nope | rope]`, F wide; c and k_rope are cached.
 
         Rows of few queries take the absorbed form, others the expanded one (npllm.blocks.mla): the same but for rounding.
         """

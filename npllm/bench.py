@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from npllm import published
 from npllm.backend import Backend
 from npllm.config import nearest
 from npllm.errors import ArgumentError
@@ -25,29 +26,8 @@ from npllm.llm import LLM
 from npllm.models import interpret
 from npllm.promptcache import PromptCache
 
-# Published sizes to measure with random weights: the fields of their config.json.
-SHAPES: dict[str, dict[str, Any]] = {
-    "gpt2": {"model_type": "gpt2"},
-    "llama-3.2-1b": {
-        "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
-        "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
-        "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "max_position_embeddings": 131072,
-        "rope_parameters": {
-            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-        },
-    },
-    "qwen3-0.6b": {
-        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072,
-        "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
-        "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "tie_word_embeddings": True, "max_position_embeddings": 40960,
-    },
-    "qwen3-1.7b": {
-        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,
-        "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
-        "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "tie_word_embeddings": True, "max_position_embeddings": 40960,
-    },
-}  # fmt: skip
+# Published sizes to measure with random weights, by short name: their config.json.
+SHAPES: dict[str, dict[str, Any]] = {short: published.MODELS[name].config for short, name in published.NAMES.items()}
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from npllm.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
     from npllm.handles import Handle, Weight
-    from npllm.weights import Spec
+    from npllm.weights import Spec, Tensor
 
 GROUP = 32
 
@@ -54,6 +54,9 @@ REACHES = {
 # The largest number that is stored: no factor that is tried may be beyond float16's 65504, and least squares may take the
 # largest number of a q4 group to a code of 5.
 LARGEST = {"q8": 63.5 * 65504.0, "q4": 4 * 65504.0}
+
+# Bytes of a group's factor.
+FACTOR = 2
 
 # Bits of a code, as config.json says it (npllm.quantised).
 BITS = {"q8": 8, "q4": 4}
@@ -89,15 +92,19 @@ def marked(spec: Spec, handles: Mapping[str, Handle], format: str) -> dict[str, 
             raise ArgumentError(f"quantize = {format!r}: the weights are in {stored} already; leave quantize None")
     heads = {tensor.alias for name, tensor in spec.items() if tensor.alias is not None and name not in handles}
 
-    def chosen(name: str) -> bool:
-        tensor = spec[name]
-        if len(tensor.shape) < 2 or name.endswith(CONTRACTED_OVER_ROWS):
-            return False
-        rows, width = tensor.shape[-2:] if tensor.stored == "oi" else tensor.shape[:-3:-1]
-        return (tensor.part in PARTS or name in heads) and width % GROUP == 0 and rows >= GROUP and width > 0
-
-    new = {name for name, handle in handles.items() if handle.format not in PACKED and chosen(name)}
+    new = {
+        name for name, handle in handles.items()
+        if handle.format not in PACKED and worth_quantising(name, spec[name], is_head=name in heads)
+    }  # fmt: skip
     return {name: handle.marked() if name in new else handle for name, handle in handles.items()}
+
+
+def worth_quantising(name: str, tensor: Tensor, *, is_head: bool) -> bool:
+    """Whether quantising a model means this tensor; `is_head`: it is an embedding that serves as the head too."""
+    if len(tensor.shape) < 2 or name.endswith(CONTRACTED_OVER_ROWS):
+        return False
+    rows, width = tensor.shape[-2:] if tensor.stored == "oi" else tensor.shape[:-3:-1]
+    return (tensor.part in PARTS or is_head) and width % GROUP == 0 and rows >= GROUP and width > 0
 
 
 # -- to numbers -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """Writing a model's folder: safetensors piece by piece, with an index where there are several; finished or not at all.
+And text files, in the same way.
 
 The `safetensors` package would need all tensors of a file in memory; here one piece of one tensor is enough.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +21,7 @@ import numpy as np
 
 from npllm.arrays import Array
 from npllm.checkpoint import SafetensorsFile
-from npllm.errors import CheckpointError, NpllmError
+from npllm.errors import ArgumentError, CheckpointError, NpllmError
 
 SHARD_BYTES = 4_000_000_000
 
@@ -152,3 +154,51 @@ def move_into_place(temporary: Path, out: Path) -> set[str]:
     for name in sorted(made, key=lambda name: (name == "config.json", not name.endswith(".safetensors"), name)):
         os.replace(temporary / name, out / name)
     return made
+
+
+def write_texts(texts: Mapping[Path, str]) -> None:
+    """Write text files, all whole or none: each beside its place first, and renamed when the last is on the disk.
+
+    What a file was before is replaced; what is no file (a pipe, a terminal) is written to as it is. ArgumentError where one
+    is a folder or cannot be written, or where two are the same.
+    """
+    waiting: dict[Path, Path] = {}
+    out = Path()
+    try:
+        for out, text in texts.items():
+            if any(os.path.realpath(out) == os.path.realpath(other) for other in texts if other != out):
+                raise ArgumentError(f"{out}: two files are to be written there; name another")
+            if out.is_dir():
+                raise ArgumentError(f"{out}: is a folder; name a file")
+            if not out.exists() or out.is_file():
+                waiting[out] = _written_beside(Path(os.path.realpath(out)), text)
+        for out, text in texts.items():
+            if out not in waiting:
+                out.write_text(text, encoding="utf-8")
+        for out in list(waiting):
+            os.replace(waiting[out], os.path.realpath(out))
+            del waiting[out]
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError) as bad:  # ValueError: a path with a zero byte
+        if isinstance(bad, NpllmError):
+            raise
+        reason = bad.strerror if isinstance(bad, OSError) else bad
+        raise ArgumentError(f"{out}: cannot be written ({reason})") from None
+    finally:
+        for temporary in waiting.values():
+            temporary.unlink(missing_ok=True)
+
+
+def _written_beside(out: Path, text: str) -> Path:
+    """A new hidden file in the folder of `out` with this text."""
+    temporary = out.parent / f".npllm-{secrets.token_hex(8)}"
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary

@@ -1,13 +1,12 @@
 """The README's table of models and what is measured below it: `python -m tests.readme` prints both.
 
-Sizes come from the published configurations (`tests/published`), agreement with PyTorch from `python -m bench truth`. Of
+Sizes come from the published configurations (`npllm/published`), agreement with PyTorch from `python -m bench truth`. Of
 a model the text part counts, without layers that predict further tokens.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable
 from functools import cache
@@ -15,11 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from npllm.backend import Backend
-from npllm.cache import cache_bytes
+from npllm.describing import description_of
 from npllm.models import NESTED, interpret
-from npllm.weights import Tensor, active_parameters
+from npllm.published import MODELS
 from tests.export import CASES
-from tests.published import MODELS
 
 README = Path(__file__).parent.parent / "README.md"
 TOKENS = 8192
@@ -28,16 +26,13 @@ HEADER = """\
 | system | file | published sizes | GiB as published | GiB in float32 | MiB at 8k | state |
 |---|---|---|---|---|---|---|"""
 
-# Bytes of a number by the torch_dtype of config.json.
-STORED = {"float32": 4, "bfloat16": 2}
-
-# In an FP8 checkpoint the matrices of these parts are codes of one byte; a block of them has a float32 factor.
-CODED, FACTOR = ("attention", "ffn", "experts"), 4
+# Storage formats of npllm.describing by the torch_dtype of config.json.
+STORED = {"float32": "f32", "bfloat16": "bf16"}
 
 
 class Row(NamedTuple):
     """A system: its file in npllm/models, its `model_type` in tests/export/cases, and its sizes, each with the name that it
-    has in tests/published. `dtype` is that of the published files where the configuration does not say it."""
+    has in npllm/published. `dtype` is that of the published files where the configuration does not say it."""
 
     system: str
     file: str
@@ -47,7 +42,7 @@ class Row(NamedTuple):
 
 
 def each(family: str, sizes: str) -> dict[str, str]:
-    """Sizes that tests/published names by family and size."""
+    """Sizes that npllm/published names by family and size."""
     return {size: f"{family} {size}" for size in sizes.split()}
 
 
@@ -96,30 +91,18 @@ class Size(NamedTuple):
 def measure(config: dict[str, Any], dtype: str) -> Size:
     """The numbers of a published config.json; `dtype` as in `Row`."""
     found = interpret(config, warn=lambda *_: None)
-    c, spec, specs = found.config, found.architecture.weight_spec(found.config), found.architecture.cache_spec(found.config)
-    tensors = [tensor for tensor in spec.values() if tensor.alias is None]
+    d, tensors = description_of(found, ""), found.architecture.weight_spec(found.config).values()
     dtype = config.get("torch_dtype") or config.get(NESTED, {}).get("torch_dtype") or dtype
-    block = found.block if found.values.get("quantization_config") else None
-    context = getattr(c, "max_position_embeddings", None) or c.n_positions
-    tokens = min(TOKENS, context)
+    quantised = found.values.get("quantization_config")
+    tokens = min(TOKENS, d.context)
     return Size(
-        active=active_parameters(spec, c.router.experts_per_token) if hasattr(c, "router") else None,
-        published=sum(stored_bytes(tensor, STORED[dtype], block) for tensor in tensors),
-        dtype="FP8" if block else dtype,
-        prepared=Backend().bytes_needed(tensors),
-        cache=cache_bytes(specs, "bfloat16", tokens, context),
+        active=d.parameters.active if d.parameters.active < d.parameters.total else None,
+        published=dict(d.weight_bytes)["f8_e4m3" if quantised else STORED[dtype]],
+        dtype="FP8" if quantised else dtype,
+        prepared=Backend().bytes_needed(tensor for tensor in tensors if tensor.alias is None),
+        cache=d.kv_allocated(tokens),
         tokens=tokens,
     )
-
-
-def stored_bytes(tensor: Tensor, width: int, block: tuple[int, int] | None) -> int:
-    """Bytes of a tensor in a checkpoint of numbers of `width` bytes, or in FP8 with such a `block`."""
-    if tensor.part == "buffer":
-        return 4 * tensor.size
-    if block is None or tensor.part not in CODED or len(tensor.shape) < 2:
-        return width * tensor.size
-    *lead, rows, columns = tensor.shape
-    return tensor.size + FACTOR * math.prod(lead) * -(-rows // block[0]) * -(-columns // block[1])
 
 
 def table() -> str:

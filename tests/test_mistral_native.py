@@ -21,10 +21,10 @@ from npllm.hub import fetch
 from npllm.matching import match
 from npllm.mistral_native import TOWERS, config_values, own_name
 from npllm.models import interpret, read_config
+from npllm.published import mistral as published
 from tests.compare import agree
 from tests.export import TRUTH
 from tests.native import make_native, native_tensors
-from tests.published import mistral as published
 from tests.refusals import refused
 
 CASES = ["mistral", "mistral-7b", "mistral-window", "mistral-yarn", "mistral-bf16", "mixtral", "mistral4-large"]

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from npllm.blocks import chunked, sliding
 from npllm.cache import KV_BYTES, Cache, LayerSpec, cache_bytes
 from npllm.models import interpret
+from npllm.published import MODELS
 from npllm.weights import Spec, active_parameters, count_parameters
 from tests import strategies as our
-from tests.published import MODELS
 from tests.steps import step
 
 every_model = pytest.mark.parametrize("name", MODELS)

@@ -14,9 +14,8 @@ import npllm
 from npllm.backend import Backend
 from npllm.cli import build_parser
 from npllm.models import REGISTRY
-from npllm.weights import Tensor
+from npllm.published import MODELS
 from tests import readme
-from tests.published import MODELS
 
 ROOT = readme.README.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
@@ -47,16 +46,6 @@ def test_rows_name_models_and_sizes_once() -> None:
     shown = [published for row in readme.ROWS for published in row.sizes.values()]
     assert len(set(shown)) == len(shown)
     assert set(shown) <= set(MODELS)
-
-
-def test_bytes_as_published() -> None:
-    """By hand: a matrix of 300 x 200 in FP8 has 3 x 2 factors; only attention, FFN and experts are stored so."""
-    matrix = Tensor((300, 200), "FD", "ffn")
-    assert readme.stored_bytes(matrix, 2, None) == 120_000
-    assert readme.stored_bytes(matrix, 2, (128, 128)) == 60_000 + 4 * 6
-    assert readme.stored_bytes(Tensor((5, 300, 200), "EFD", "experts"), 2, (128, 128)) == 5 * (60_000 + 4 * 6)
-    assert readme.stored_bytes(Tensor((300, 200), "ED", "router"), 2, (128, 128)) == 120_000
-    assert readme.stored_bytes(Tensor((300,), "E", "buffer"), 2, None) == 1200
 
 
 def test_what_the_table_measures() -> None:

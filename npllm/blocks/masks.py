@@ -42,6 +42,22 @@ class Mask(NamedTuple):
             low = max(low, first // self.chunk * self.chunk)
         return low, last + 1
 
+    def pairs(self, start: int, stop: int) -> int:
+        """How many (query, key) pairs queries at the positions start..stop - 1 see, over keys from position 0 on."""
+        return self._pairs_before(stop) - self._pairs_before(start)
+
+    def _pairs_before(self, stop: int) -> int:
+        """Chunk by chunk: the first query of a chunk sees one key, each next one more, up to the window."""
+        chunk = min(self.chunk or stop, stop)
+        full, rest = divmod(stop, max(1, chunk))
+        return full * _ramp(chunk, self.window) + _ramp(rest, self.window)
+
+
+def _ramp(count: int, most: int | None) -> int:
+    """1 + 2 + 3 + ... of `count` terms, none above `most`."""
+    rising = count if most is None else min(count, most)
+    return rising * (rising + 1) // 2 + (count - rising) * rising
+
 
 CAUSAL = Mask()
 

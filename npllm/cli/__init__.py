@@ -15,7 +15,23 @@ import traceback
 from collections.abc import Sequence
 
 from npllm import __version__
-from npllm.cli import bench, chat, convert, diff, doctor, generate, output, quantize, score, slice, verify, warmup
+from npllm.cli import (
+    bench,
+    chat,
+    compare,
+    convert,
+    diff,
+    doctor,
+    explain,
+    generate,
+    inspect,
+    output,
+    quantize,
+    score,
+    slice,
+    verify,
+    warmup,
+)
 from npllm.cli.options import Parser, UsageError, add_general
 from npllm.errors import NpllmError
 
@@ -23,6 +39,9 @@ VERBS = {
     "generate": generate,
     "chat": chat,
     "score": score,
+    "inspect": inspect,
+    "compare": compare,
+    "explain": explain,
     "bench": bench,
     "convert": convert,
     "slice": slice,

@@ -12,10 +12,10 @@ from npllm.backend import Backend
 from npllm.blocks import CAUSAL, sliding
 from npllm.blocks.dtypes import round_to_bfloat16, widen_bfloat16
 from npllm.models import interpret
+from npllm.published import MODELS
 from npllm.testing.compare import norm
 from tests.models import ABSENT
 from tests.pitfalls.case import RIGHT, WRONG, Case
-from tests.published import MODELS
 from tests.steps import in_pieces
 
 

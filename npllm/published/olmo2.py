@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .model import Published, sizes
+from npllm.published.model import Published, sizes
 
 OLMO2: dict[str, Any] = {
     "architectures": ["Olmo2ForCausalLM"],

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .model import Published, sizes
+from npllm.published.model import Published, sizes
 
 QWEN: dict[str, Any] = {
     "attention_dropout": 0.0,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .model import Published
+from npllm.published.model import Published
 
 GPT2: dict[str, Any] = {
     "activation_function": "gelu_new",
