@@ -88,6 +88,9 @@ class Backend:
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "float64")
     quantizations: ClassVar[tuple[str, ...]] = ()
 
+    # Whether it can compute with weights that stay on disk.
+    on_disk: ClassVar[bool] = True
+
     # Why npllm.registry took it.
     why: str = "asked for"
 

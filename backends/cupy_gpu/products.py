@@ -1,0 +1,92 @@
+"""Products with stored matrices: `linear` and `project_heads`; what the other operations multiply with.
+
+Few tokens meet the rows of a matrix as they lie (gemv.cu), with the norm before and the residual after in the same launch.
+"""
+
+from __future__ import annotations
+
+from npllm.arrays import Array
+from npllm.backend import Norm, accelerates, split_heads
+from npllm.backends.cupy_gpu.base import Base, groups
+from npllm.backends.cupy_gpu.device import Argument, Out, Structure
+from npllm.backends.cupy_gpu.matrix import FORMATS, Matrix
+from npllm.weights import QKV, Linear
+
+# Tokens that go through gemv.cu at a time.
+FEW = 8
+
+# Rows of a matrix that a warp computes, and warps of a block (gemv.cuh).
+ROWS, WARPS = 2, 4
+
+# Bytes of activations that a block stages at a time (STAGED in gemv.cuh).
+STAGED_BYTES = 32768
+
+# In the place of a matrix that a kernel shall not see.
+EMPTY = Structure(bytes(11 * 8), ())
+
+
+def unprepared(be: Base, *modules: Linear) -> str | None:
+    """Why kernels cannot multiply with these weights."""
+    if be.dtype == "float64":
+        return "kernels compute in float32 and bfloat16"
+    if not all(isinstance(each.weight, Matrix) for each in modules):
+        return "a weight that was not prepared"
+    return None
+
+
+def tokens_macro(tokens: int) -> int:
+    """The number of tokens that a kernel for so many is compiled for."""
+    return 1 << max(0, tokens - 1).bit_length()
+
+
+class Products(Base):
+    """Products with stored matrices."""
+
+    @accelerates(lambda self, x_MD, w, residual_MF=None: unprepared(self, w))
+    def linear(self, x_MD: Array, w: Linear, /, residual_MF: Array | None = None) -> Array:
+        return self.product(x_MD, w, residual_MF=residual_MF)
+
+    @accelerates(lambda self, x_MD, w, head_dim, norm=None: unprepared(self, *w))
+    def project_heads(
+        self, x_MD: Array, w: QKV, /, head_dim: int, *, norm: Norm | None = None
+    ) -> tuple[Array, Array, Array]:
+        q_MF, k_MF, v_MF = self.products(x_MD, w, norm)
+        return split_heads(q_MF, head_dim), split_heads(k_MF, head_dim), split_heads(v_MF, head_dim)
+
+    def product(self, x_MD: Array, w: Linear, norm: Norm | None = None, residual_MF: Array | None = None) -> Array:
+        """`residual + W norm(x) + b`."""
+        return self.products(x_MD, (w,), norm, residual_MF)[0]
+
+    def products(
+        self, x_MD: Array, w: tuple[Linear, ...], norm: Norm | None = None, residual_MF: Array | None = None
+    ) -> list[Array]:
+        """The same of up to three matrices that read the same activations; the residual is the first one's."""
+        x_MD = self.plain(x_MD)
+        if len({each.weight.format for each in w}) > 1:
+            first = self.products(x_MD, w[:1], norm, residual_MF)
+            return first + [self.product(x_MD, each, norm) for each in w[1:]]
+        outs = [self.empty(len(x_MD), len(each.weight)) for each in w]
+        residual_MF = None if residual_MF is None else self.plain(residual_MF)
+        for begin in range(0, len(x_MD), FEW):
+            part = slice(begin, begin + FEW)
+            self._few(x_MD[part], w, norm, None if residual_MF is None else residual_MF[part], [out[part] for out in outs])
+        return outs
+
+    def _few(
+        self, x_MD: Array, w: tuple[Linear, ...], norm: Norm | None, residual_MF: Array | None, outs: list[Array]
+    ) -> None:
+        """Rows of matrices of one format times at most FEW tokens."""
+        matrices: list[Argument] = []
+        for module, out in zip(w, outs, strict=True):
+            matrices += [module.weight.structure, self._vector(module, "bias"), Out(out)]
+        matrices += [EMPTY, None, None] * (3 - len(w))
+        blocks = sum(groups(len(module.weight), WARPS * ROWS) for module in w)
+        self.gemv("gemv", x_MD, w[0].weight, blocks, ROWS, (*self.source(x_MD, norm), *matrices, residual_MF))
+
+    def gemv(self, name: str, x_MD: Array, matrix: Matrix, blocks: int, rows: int, args: tuple[Argument, ...]) -> None:
+        """Launch a kernel of gemv.cu for at most FEW tokens; nothing for none."""
+        if not len(x_MD) or not blocks:
+            return
+        tokens = tokens_macro(len(x_MD))
+        defines = {"FORMAT": FORMATS[matrix.format], "TOKENS": tokens, "ROWS": rows}
+        self.launch("gemv.cu", name, defines, (blocks, 1, 1), WARPS * 32, args, STAGED_BYTES)
