@@ -113,6 +113,10 @@ class Backend:
         self.threads = None if threads is None else whole("threads", threads, 1)
         self.strict, self.quantize = strict, quantize
 
+    @classmethod
+    def check(cls) -> None:
+        """BackendError where it cannot run on this machine: why, and what to do."""
+
     @property
     def array_dtype(self) -> str:
         """The dtype of activations and caches: float64 when the arithmetic is, else float32."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from npllm.backends.cupy_gpu.device import Device
+from npllm.backends.cupy_gpu.embedding import Embeddings
+from npllm.backends.cupy_gpu.moe import Mixtures
+from npllm.backends.cupy_gpu.norms import Norms
 from npllm.backends.cupy_gpu.products import Products
+from npllm.backends.cupy_gpu.rope import Ropes
+from npllm.backends.cupy_gpu.route import Routers
 
 
-class CupyBackend(Products):
+class CupyBackend(Norms, Ropes, Embeddings, Mixtures, Routers, Products):
     """Models on an NVIDIA GPU: kernels of our own, decode steps as one graph."""
-
-    @classmethod
-    def open_device(cls) -> Device:
-        from npllm.backends.cupy_gpu.cuda import gpu
-
-        return gpu()

@@ -46,11 +46,18 @@ class Base(Backend):
     def __init__(self, dtype: str | None = None, **options: Any) -> None:
         super().__init__(dtype, **options)
         self.device = self.open_device()
+        self.xp = self.device.xp  # type: ignore[misc]  # a class cannot know it: CuPy is imported with the first GPU
 
     @classmethod
     def open_device(cls) -> Device:
         """The GPU, opened once per process; BackendError says why there is none, and what to do."""
-        raise NotImplementedError
+        from npllm.backends.cupy_gpu.cuda import gpu
+
+        return gpu()
+
+    @classmethod
+    def check(cls) -> None:
+        cls.open_device()
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
@@ -141,10 +148,10 @@ class Base(Backend):
         if norm is None:
             return *rows, 0, None, None, 0.0, 0.0
         if isinstance(norm, RMS):
-            return *rows, 1, self._vector(norm.params, "weight"), None, float(norm.eps), float(norm.offset)
-        return *rows, 2, self._vector(norm.params, "weight"), self._vector(norm.params, "bias"), float(norm.eps), 0.0
+            return *rows, 1, self.vector(norm.params, "weight"), None, float(norm.eps), float(norm.offset)
+        return *rows, 2, self.vector(norm.params, "weight"), self.vector(norm.params, "bias"), float(norm.eps), 0.0
 
-    def _vector(self, params: Linear | None, field: str) -> Argument:
+    def vector(self, params: Linear | None, field: str) -> Argument:
         """A gain or bias as an argument, or None."""
         vector = None if params is None else getattr(params, field)
         return None if vector is None else Fixed(self.plain(vector))

@@ -28,8 +28,8 @@ FACTORS_OF = {"f8_e4m3": np.float32, "q8": np.float16, "q4": np.float16}
 class Matrix:
     """A weight [F, D] on the device, or a stack of E of them [E, F, D], whose rows kernels read.
 
-    `structure` is the argument of a kernel (struct Matrix of matrix.cuh); `stack[e]` is one matrix of a stack. CheckpointError
-    if a factor is not a finite number, or, of FP8, not above zero.
+    `structure` is the argument of a kernel (struct Matrix of matrix.cuh); `stack[e]` is one matrix of a stack.
+    CheckpointError if a factor is not a finite number, or, of FP8, not above zero.
     """
 
     def __init__(
@@ -72,6 +72,10 @@ class Matrix:
     @property
     def nbytes(self) -> int:
         return int(self._data.nbytes) + (0 if self._factors is None else int(self._factors.nbytes))
+
+    def alike(self, other: Matrix) -> bool:
+        """Whether a kernel reads a row of the other as it reads one of this."""
+        return (self.format, self.shape, self._words[-1]) == (other.format, other.shape, other._words[-1])
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -78,7 +78,7 @@ class Products(Base):
         """Rows of matrices of one format times at most FEW tokens."""
         matrices: list[Argument] = []
         for module, out in zip(w, outs, strict=True):
-            matrices += [module.weight.structure, self._vector(module, "bias"), Out(out)]
+            matrices += [module.weight.structure, self.vector(module, "bias"), Out(out)]
         matrices += [EMPTY, None, None] * (3 - len(w))
         blocks = sum(groups(len(module.weight), WARPS * ROWS) for module in w)
         self.gemv("gemv", x_MD, w[0].weight, blocks, ROWS, (*self.source(x_MD, norm), *matrices, residual_MF))

@@ -14,8 +14,9 @@
 
 typedef unsigned long long u64;
 
-// Numbers of a row's settings: temperature, top_k, top_p, log(min_p), and what chance says, in [0, 1).
-enum { TEMPERATURE, TOP_K, TOP_P, LOG_MIN_P, CHANCE, SETTINGS };
+// Numbers of a row's settings: 1 / temperature (0: the largest logit is taken), top_k, top_p, log(min_p), and what chance says,
+// in [0, 1).
+enum { SHARPNESS, TOP_K, TOP_P, LOG_MIN_P, CHANCE, SETTINGS };
 
 struct Kept {
     u32 cut;   // the key of the least logit that is kept
@@ -70,9 +71,9 @@ __device__ u64 total_of(u64 x) {
 struct Row {
     const float *logits;
     float top;
-    double temperature;
+    double sharpness;
 
-    __device__ __forceinline__ double scaled(float x) const { return ((double)x - (double)top) / temperature; }
+    __device__ __forceinline__ double scaled(float x) const { return ((double)x - (double)top) * sharpness; }
     __device__ __forceinline__ u64 mass(float x) const {
         double power = scaled(x) * 1.4426950408889634;
         if (!(power > -UNIT)) return 0;
@@ -215,12 +216,12 @@ __device__ __forceinline__ int draw(const Row &row, const double *settings) {
     return first_beyond(row, tie, [=](float x) { return (u64)(key_of(x) == at.key); });
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) sample(const float *logits_WN, const double *settings_W, i64 *tokens_W) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(const float *logits_WN, const double *settings_W, i64 *tokens_W) {
     wait_for_inputs();
     const double *settings = settings_W + blockIdx.x * SETTINGS;
-    Row row = {logits_WN + (i64)blockIdx.x * N, 0.0f, settings[TEMPERATURE]};
+    Row row = {logits_WN + (i64)blockIdx.x * N, 0.0f, settings[SHARPNESS]};
     int token;
     bool finite = find_top(row.logits, row.top, token);
-    if (finite && row.temperature > 0.0) token = draw(row, settings);
+    if (finite && row.sharpness > 0.0) token = draw(row, settings);
     if (threadIdx.x == 0) tokens_W[blockIdx.x] = finite ? token : -1;
 }

@@ -90,7 +90,7 @@ class Emulator(Device):
 
     def write(self, array: Array, values: Array) -> None:
         SESSION.read("write")
-        assert array.dtype == values.dtype and array.shape == values.shape
+        assert (array.dtype, array.shape) == (values.dtype, values.shape)
         plain(array)[...] = values
 
     def mapped(self, array: Array) -> Array:
@@ -112,7 +112,8 @@ class Emulator(Device):
         return self.kernels[key]
 
     def launch(self, kernel: Kernel, grid: Grid, block: int, args: Iterable[Argument], shared: int = 0) -> None:
-        assert 0 < block <= 1024 and block % 32 == 0 and shared <= self.shared_limit and min(grid) > 0, (kernel, grid, block)
+        if not (block in range(32, 1025, 32) and shared <= self.shared_limit and min(grid) > 0):
+            raise ValueError(f"{kernel.name} on a grid of {grid}, {block} threads and {shared} bytes each")
         launch = Launch(kernel, grid, block, shared, tuple(args))
         packed = Packed(launch.args, self.address)
 

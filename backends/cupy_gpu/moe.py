@@ -1,0 +1,67 @@
+"""`moe`: each token's chosen experts, gated feed-forward layers of one shape, and the weighted sum of what they say.
+
+Nothing outside the kernels depends on what was chosen, so a step with experts can be captured.
+"""
+
+from __future__ import annotations
+
+from npllm.arrays import Array
+from npllm.backend import accelerates
+from npllm.backends.cupy_gpu.base import ACTIVATIONS, groups
+from npllm.backends.cupy_gpu.device import Out
+from npllm.backends.cupy_gpu.matrix import FORMATS, Matrix
+from npllm.backends.cupy_gpu.products import FEW, STAGED_BYTES, WARPS, Products
+from npllm.weights import Experts
+
+# Rows that a warp computes: of gate and up together, and of down.
+HIDDEN_ROWS, SAID_ROWS = 2, 2
+
+# Blocks that a launch has at most along its second and third axis.
+MOST_BLOCKS = 65535
+
+
+def not_experts(be: Products, w: Experts) -> str | None:
+    """Why kernels cannot compute with these."""
+    if be.dtype == "float64":
+        return "kernels compute in float32 and bfloat16"
+    if not all(isinstance(part.weight, Matrix) and part.bias is None for part in w):
+        return "the experts were not prepared by this backend, or have biases"
+    if not w.gate_proj.weight.alike(w.up_proj.weight):
+        return "gate and up are stored in different ways"
+    if 2 * max(w.gate_proj.weight.shape[1], w.down_proj.weight.shape[1]) > MOST_BLOCKS * HIDDEN_ROWS * WARPS:
+        return "the experts are too wide"
+    return None
+
+
+class Mixtures(Products):
+    """Mixtures of experts."""
+
+    @accelerates(lambda self, x_MD, w, index_MC, weight_MC, act, weigh="output": not_experts(self, w))
+    def moe(
+        self, x_MD: Array, w: Experts, index_MC: Array, weight_MC: Array, /, act: str, *, weigh: str = "output"
+    ) -> Array:
+        x_MD, weight_MC, index_MC = self.plain(x_MD), self.plain(weight_MC), index_MC.astype("int64", copy=False)
+        y_MD = self.empty(*x_MD.shape)
+        for begin in range(0, len(x_MD), FEW):
+            part = slice(begin, begin + FEW)
+            self._few(x_MD[part], w, index_MC[part], weight_MC[part], y_MD[part], ACTIVATIONS[act], weigh == "input")
+        return y_MD
+
+    def _few(
+        self, x_MD: Array, w: Experts, index_MC: Array, weight_MC: Array, y_MD: Array, act: int, on_input: bool
+    ) -> None:
+        """The experts of at most FEW tokens, each as it was chosen."""
+        (M, C), (E, F, D) = index_MC.shape, w.gate_proj.weight.shape
+        if not M:
+            return
+        gate, up, down = (part.weight for part in w)
+        hidden_NF = self.empty(M * C, F)
+        before, after = (weight_MC, None) if on_input else (None, weight_MC)
+        defines = {"FORMAT": FORMATS[gate.format], "TOKENS": 1, "ROWS": HIDDEN_ROWS}
+        grid = (M * C, groups(F, WARPS * HIDDEN_ROWS // 2), 1)
+        args = (x_MD, D, C, E, index_MC, before, gate.structure, up.structure, act, Out(hidden_NF))
+        self.launch("moe_few.cu", "moe_hidden_few", defines, grid, WARPS * 32, args, STAGED_BYTES)
+        defines = {"FORMAT": FORMATS[down.format], "TOKENS": 1, "ROWS": SAID_ROWS}
+        args = (hidden_NF, C, E, index_MC, after, down.structure, Out(y_MD))
+        grid = (M, groups(D, SAID_ROWS), 1)
+        self.launch("moe_few.cu", "moe_say_few", defines, grid, WARPS * 32, args, 4 * C * SAID_ROWS)
