@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from npllm.backends.cupy_gpu.attention import Attention
 from npllm.backends.cupy_gpu.embedding import Embeddings
 from npllm.backends.cupy_gpu.moe import Mixtures
 from npllm.backends.cupy_gpu.norms import Norms
@@ -10,5 +11,5 @@ from npllm.backends.cupy_gpu.rope import Ropes
 from npllm.backends.cupy_gpu.route import Routers
 
 
-class CupyBackend(Norms, Ropes, Embeddings, Mixtures, Routers, Products):
+class CupyBackend(Attention, Norms, Ropes, Embeddings, Mixtures, Routers, Products):
     """Models on an NVIDIA GPU: kernels of our own, decode steps as one graph."""

@@ -10,8 +10,9 @@ import numpy as np
 
 from npllm.arrays import Array, DTypeLike
 from npllm.backend import RMS, Backend, Norm
-from npllm.backends.cupy_gpu.device import Argument, Device, Fixed, Grid, Out
+from npllm.backends.cupy_gpu.device import Argument, Device, Fixed, Grid, InOut, Out
 from npllm.backends.cupy_gpu.matrix import FORMATS, Matrix, padded_bytes
+from npllm.cache import Keys, Rows
 from npllm.errors import MemoryLimitError
 from npllm.handles import Handle, Stack, Weight
 from npllm.machine import gibibytes
@@ -26,8 +27,23 @@ ACTIVATIONS = {
     "gelu": 2, "gelu_python": 2, "relu": 3,
 }  # fmt: skip
 
+# Of each row, in a plan (keys.cuh): its slot, how many keys it sees, the position of the first and where it lies in storage;
+# the row's first query among the packed ones, the last one's successor, the first one's position and where its key is stored.
+PLAN = 8
+
 # Threads of kernels that treat every number alike.
 THREADS = 256
+
+
+def planned(keys: Keys, rows: Rows) -> Array:
+    """The plan of a step over these keys, on the host."""
+    size = max(1, keys.k_BSGK.shape[1])
+    seen = zip(rows, keys.slots, keys.counts, keys.firsts, keys.begins, strict=True)
+    plan = [
+        (slot, count, first, begin, query, end, start, start % size)
+        for (_, start, query, end), slot, count, first, begin in seen
+    ]
+    return np.array(plan, np.int64).reshape(len(plan), PLAN)
 
 
 def groups(count: int, size: int) -> int:
@@ -46,6 +62,7 @@ class Base(Backend):
     def __init__(self, dtype: str | None = None, **options: Any) -> None:
         super().__init__(dtype, **options)
         self.device = self.open_device()
+        self._tickets: Array = np.empty(0)
         self.xp = self.device.xp  # type: ignore[misc]  # a class cannot know it: CuPy is imported with the first GPU
 
     @classmethod
@@ -141,6 +158,16 @@ class Base(Backend):
         """Run a kernel of kernels/`file`, compiled with these macros, after all that was launched before."""
         kernel = _kernel(self.device, file, name, tuple(sorted(defines.items())))
         self.device.launch(kernel, grid, block, args, shared)
+
+    def plan(self, keys: Keys, rows: Rows) -> Array:
+        """What kernels need to know of each row of a step: int64 [rows, PLAN]."""
+        return self.device.upload(planned(keys, rows))
+
+    def tickets(self, count: int) -> InOut:
+        """So many counters at zero; the kernels that use them leave them so."""
+        if len(self._tickets) < count:
+            self._tickets = self.device.upload(np.zeros(max(count, 4096), np.uint32))
+        return InOut(self._tickets)
 
     def source(self, x_MD: Array, norm: Norm | None = None) -> tuple[Argument, ...]:
         """The arguments SOURCE of gemv.cuh: contiguous float32 rows, read through a norm."""
