@@ -69,10 +69,10 @@ class Products(Base):
         residual_MF = None if residual_MF is None else self.plain(residual_MF)
         for begin in range(0, len(x_MD), FEW):
             part = slice(begin, begin + FEW)
-            self._few(x_MD[part], w, norm, None if residual_MF is None else residual_MF[part], [out[part] for out in outs])
+            self._few_products(x_MD[part], w, norm, None if residual_MF is None else residual_MF[part], [out[part] for out in outs])
         return outs
 
-    def _few(
+    def _few_products(
         self, x_MD: Array, w: tuple[Linear, ...], norm: Norm | None, residual_MF: Array | None, outs: list[Array]
     ) -> None:
         """Rows of matrices of one format times at most FEW tokens."""
