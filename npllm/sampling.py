@@ -164,7 +164,8 @@ def candidates(logits_N: Array, sampling: Sampling) -> tuple[Array, Array]:
     logits -= logits.max()
     with np.errstate(over="ignore"):  # a temperature next to zero sends all but the likeliest to -inf
         logits /= s.temperature
-    if 0 < s.top_k < len(logits):
+    if 0 < s.top_k < len(logits_N):
+        # Also where there are just so many: the order in which chance meets tokens must not depend on how they were found.
         kept = most_likely(logits, s.top_k)
         tokens, logits = tokens[kept], logits[kept]
     if s.top_p < 1.0:

@@ -44,10 +44,10 @@ class Mixtures(Products):
         y_MD = self.empty(*x_MD.shape)
         for begin in range(0, len(x_MD), FEW):
             part = slice(begin, begin + FEW)
-            self._few(x_MD[part], w, index_MC[part], weight_MC[part], y_MD[part], ACTIVATIONS[act], weigh == "input")
+            self._mix_few(x_MD[part], w, index_MC[part], weight_MC[part], y_MD[part], ACTIVATIONS[act], weigh == "input")
         return y_MD
 
-    def _few(
+    def _mix_few(
         self, x_MD: Array, w: Experts, index_MC: Array, weight_MC: Array, y_MD: Array, act: int, on_input: bool
     ) -> None:
         """The experts of at most FEW tokens, each as it was chosen."""

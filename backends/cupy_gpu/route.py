@@ -5,25 +5,30 @@ The router's logits are float32 products in every arithmetic: an expert that rou
 
 from __future__ import annotations
 
+import struct
+
 from npllm.arrays import Array
 from npllm.backend import accelerates
-from npllm.backends.cupy_gpu.device import Fixed, Out
+from npllm.backends.cupy_gpu.device import Fixed, Out, Structure
 from npllm.backends.cupy_gpu.matrix import Matrix
 from npllm.backends.cupy_gpu.products import Products, unprepared
 from npllm.blocks.moe import Router
 from npllm.weights import Gate
 
-# Experts whose scores, ranks and keys fit into 48 KiB, what a block has without asking for more.
-MOST = 4096 - 64
-
 
 def not_a_router(be: Products, w: Gate) -> str | None:
     """Why kernels cannot choose by it."""
-    if len(w.gate.weight) > MOST:
-        return f"more than {MOST} experts"
     if w.correction is not None and isinstance(w.correction.weight, Matrix):
         return "a correction that was prepared as a matrix"
     return unprepared(be, w.gate)
+
+
+def _words(router: Router) -> tuple[int, ...]:
+    """The rule as struct Rule of route.cu has it, after the sizes."""
+    return (
+        router.scores == "sigmoid", router.by == "logits", router.groups, router.kept_groups, router.ranking == "pair",
+        router.normalise,
+    )  # fmt: skip
 
 
 class Routers(Products):
@@ -35,13 +40,8 @@ class Routers(Products):
         M, E, C = len(h_MD), len(w.gate.weight), router.experts_per_token
         index_MC, weight_MC = self.empty(M, C, dtype="int64"), self.empty(M, C)
         correction = None if w.correction is None else Fixed(self.plain(w.correction.weight))
-        defines = {
-            "EXPERTS": E, "CHOICES": C, "SIGMOID": router.scores == "sigmoid", "BY_LOGITS": router.by == "logits",
-            "CORRECTION": correction is not None, "GROUPS": router.groups, "KEPT": router.kept_groups,
-            "PAIR": router.ranking == "pair", "NORMALISE": router.normalise,
-        }  # fmt: skip
-        numbers = {name: int(value) for name, value in defines.items()}
-        args = (logits_ME, correction, Out(index_MC), Out(weight_MC), float(router.floor), float(router.scale))
+        rule = Structure(struct.pack("8q", E, C, *_words(router)), ())
+        args = (logits_ME, correction, Out(index_MC), Out(weight_MC), rule, float(router.floor), float(router.scale))
         if M:
-            self.launch("route.cu", "route", numbers, (M, 1, 1), 32, args)
+            self.launch("route.cu", "route", {}, (M, 1, 1), 32, args, 12 * E + 4 * router.groups)
         return index_MC, weight_MC

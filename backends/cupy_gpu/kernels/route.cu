@@ -1,8 +1,11 @@
 // route: the experts of each token and their weights (npllm.blocks.moe.route), from logits [M, E]; a warp a token.
-//
-// Macros: EXPERTS, CHOICES; SIGMOID scores, else softmax; ranks are BY_LOGITS, else by scores; with a CORRECTION; of GROUPS
-// only the KEPT best, judged by their best expert, or the two best of a PAIR; NORMALISE.
 #include "common.cuh"
+
+// npllm.blocks.moe.Router: scores are sigmoids, else a softmax; logits are ranked, else scores; of `groups` only the `kept`
+// best take part, judged by their best expert, or the two best of a pair; weights are normalised.
+struct Rule {
+    i64 experts, choices, sigmoid, by_logits, groups, kept, pair, normalise;
+};
 
 // Keys are in the order of their floats, -0 with that of 0; NaN is below all numbers, and below it is what has been taken.
 #define TAKEN 0u
@@ -28,70 +31,65 @@ __device__ int take_best(u32 *keys, int count) {
     return place;
 }
 
-__device__ __forceinline__ void score(const float *logits, float *scores) {
-#if SIGMOID
-    // NaN stays one.
-    for (int e = LANE; e < EXPERTS; e += 32) scores[e] = 1.0f / (1.0f + expf(logits[e] < -88.0f ? 88.0f : -logits[e]));
-#else
+__device__ __forceinline__ void score(const float *logits, int experts, bool sigmoid, float *scores) {
+    if (sigmoid) {
+        // NaN stays one.
+        for (int e = LANE; e < experts; e += 32) scores[e] = 1.0f / (1.0f + expf(logits[e] < -88.0f ? 88.0f : -logits[e]));
+        return;
+    }
     float top = -INFINITE, sum = 0;
-    for (int e = LANE; e < EXPERTS; e += 32) top = fmaxf(top, logits[e]);
+    for (int e = LANE; e < experts; e += 32) top = fmaxf(top, logits[e]);
     top = warp_max(top);
-    for (int e = LANE; e < EXPERTS; e += 32) sum += scores[e] = expf(logits[e] - top);
+    for (int e = LANE; e < experts; e += 32) sum += scores[e] = expf(logits[e] - top);
     sum = warp_sum(sum);
-    for (int e = LANE; e < EXPERTS; e += 32) scores[e] /= sum;
-#endif
-    __syncwarp();
+    for (int e = LANE; e < experts; e += 32) scores[e] /= sum;
 }
 
-#if GROUPS != KEPT
-// Experts of all but the best groups rank -inf.
-__device__ __forceinline__ void close_groups(const float *ranks, u32 *keys, u32 *worth) {
-    const int size = EXPERTS / GROUPS;
-    for (int g = LANE; g < GROUPS; g += 32) {
-        const float *group = ranks + g * size;
-        int best = 0, second = -1;
-        for (int i = 1; i < size; i++) {
-            if (key_of(group[i]) > key_of(group[best])) second = best, best = i;
-            else if (second < 0 || key_of(group[i]) > key_of(group[second])) second = i;
-        }
-        worth[g] = key_of(PAIR && second >= 0 ? group[best] + group[second] : group[best]);
+// The key of what a group is worth.
+__device__ __forceinline__ u32 worth_of(const float *group, int size, bool pair) {
+    int best = 0, second = -1;
+    for (int i = 1; i < size; i++) {
+        if (key_of(group[i]) > key_of(group[best])) second = best, best = i;
+        else if (second < 0 || key_of(group[i]) > key_of(group[second])) second = i;
     }
+    return key_of(pair && second >= 0 ? group[best] + group[second] : group[best]);
+}
+
+// Experts of all but the best groups rank -inf.
+__device__ __forceinline__ void close_groups(const Rule &rule, const float *ranks, u32 *keys, u32 *worth) {
+    int size = (int)(rule.experts / rule.groups);
+    for (int g = LANE; g < rule.groups; g += 32) worth[g] = worth_of(ranks + g * size, size, rule.pair);
     __syncwarp();
-    for (int i = 0; i < KEPT; i++) take_best(worth, GROUPS);
-    for (int e = LANE; e < EXPERTS; e += 32)
+    for (int i = 0; i < rule.kept; i++) take_best(worth, (int)rule.groups);
+    for (int e = LANE; e < rule.experts; e += 32)
         if (worth[e / size] != TAKEN) keys[e] = key_of(-INFINITE);
     __syncwarp();
 }
-#endif
 
-extern "C" __global__ void __launch_bounds__(32)
-route(const float *logits_ME, const float *correction_E, i64 *index_MC, float *weight_MC, float floor, float scale) {
-    __shared__ float scores[EXPERTS], ranks[EXPERTS];
-    __shared__ u32 keys[EXPERTS];
-#if GROUPS != KEPT
-    __shared__ u32 worth[GROUPS];
-#endif
+// Shared memory: scores, ranks and keys of all experts, and what groups are worth.
+extern "C" __global__ void __launch_bounds__(32) route(
+    const float *logits_ME, const float *correction_E, i64 *index_MC, float *weight_MC, Rule rule, float floor, float scale) {
+    DYNAMIC_SHARED(room);
+    int E = (int)rule.experts, C = (int)rule.choices;
+    float *scores = (float *)room, *ranks = scores + E;
+    u32 *keys = (u32 *)(ranks + E), *worth = keys + E;
     wait_for_inputs();
+    release_dependents();
     i64 m = blockIdx.x;
-    const float *logits = logits_ME + m * EXPERTS;
-    score(logits, scores);
-    for (int e = LANE; e < EXPERTS; e += 32) {
-        ranks[e] = (BY_LOGITS ? logits[e] : scores[e]) + (CORRECTION ? correction_E[e] : 0.0f);
+    const float *logits = logits_ME + m * E;
+    score(logits, E, rule.sigmoid, scores);
+    for (int e = LANE; e < E; e += 32) {
+        ranks[e] = (rule.by_logits ? logits[e] : scores[e]) + (correction_E ? correction_E[e] : 0.0f);
         keys[e] = key_of(ranks[e]);
     }
     __syncwarp();
-#if GROUPS != KEPT
-    close_groups(ranks, keys, worth);
-#endif
+    if (rule.groups != rule.kept) close_groups(rule, ranks, keys, worth);
     float sum = 0;
-    for (int c = 0; c < CHOICES; c++) {
-        int e = take_best(keys, EXPERTS);
+    for (int c = 0; c < C; c++) {
+        int e = take_best(keys, E);
         sum += scores[e];
-        if (LANE == 0) index_MC[m * CHOICES + c] = e, weight_MC[m * CHOICES + c] = scores[e];
+        if (LANE == 0) index_MC[m * C + c] = e, ranks[c] = scores[e];
     }
     __syncwarp();
-    for (int c = LANE; c < CHOICES; c += 32) {
-        float weight = weight_MC[m * CHOICES + c];
-        weight_MC[m * CHOICES + c] = (NORMALISE ? weight / (sum + floor) : weight) * scale;
-    }
+    for (int c = LANE; c < C; c += 32) weight_MC[m * C + c] = (rule.normalise ? ranks[c] / (sum + floor) : ranks[c]) * scale;
 }
