@@ -1,6 +1,8 @@
 """Products with stored matrices: `linear` and `project_heads`; what the other operations multiply with.
 
-Few tokens meet the rows of a matrix as they lie (gemv.cu), with the norm before and the residual after in the same launch.
+Few tokens meet the rows of a matrix as they lie (gemv.cu), with the norm before and the residual after in the same launch;
+these products are in float32, since memory is the limit. Many go in tiles (gemm.cu): on tensor cores where the arithmetic is
+bfloat16.
 """
 
 from __future__ import annotations
@@ -20,6 +22,12 @@ ROWS, WARPS = 2, 4
 
 # Bytes of activations that a block stages at a time (STAGED in gemv.cuh).
 STAGED_BYTES = 32768
+
+# Tokens and rows of a tile of gemm.cu, and those of one for tensor cores where there are enough of them for all of the GPU.
+TILE, WIDE_TILE = 64, 128
+
+# Formats that dtype "stored" multiplies in bfloat16: what they hold has no more bits.
+IN_BFLOAT16 = ("bf16", "f8_e4m3", "q8", "q4")
 
 # In the place of a matrix that a kernel shall not see.
 EMPTY = Structure(bytes(11 * 8), ())
@@ -67,9 +75,12 @@ class Products(Base):
             return first + [self.product(x_MD, each, norm) for each in w[1:]]
         outs = [self.empty(len(x_MD), len(each.weight)) for each in w]
         residual_MF = None if residual_MF is None else self.plain(residual_MF)
-        for begin in range(0, len(x_MD), FEW):
-            part = slice(begin, begin + FEW)
-            self._few_products(x_MD[part], w, norm, None if residual_MF is None else residual_MF[part], [out[part] for out in outs])
+        if len(x_MD) <= FEW:
+            self._few_products(x_MD, w, norm, residual_MF, outs)
+            return outs
+        h_MD = self.plain(self.normed(x_MD, norm))
+        for module, out_MF in zip(w, outs, strict=True):
+            self._many_products(h_MD, module, residual_MF if module is w[0] else None, out_MF)
         return outs
 
     def _few_products(
@@ -82,6 +93,22 @@ class Products(Base):
         matrices += [EMPTY, None, None] * (3 - len(w))
         blocks = sum(groups(len(module.weight), WARPS * ROWS) for module in w)
         self.gemv("gemv", x_MD, w[0].weight, blocks, ROWS, (*self.source(x_MD, norm), *matrices, residual_MF))
+
+    def _many_products(self, h_MD: Array, w: Linear, residual_MF: Array | None, out_MF: Array) -> None:
+        """A matrix times more than FEW tokens."""
+        if not out_MF.size:
+            return
+        (M, D), (F, _) = h_MD.shape, w.weight.shape
+        tensor = self.on_tensor_cores(w.weight)
+        enough = groups(M, WIDE_TILE) * groups(F, WIDE_TILE) >= self.device.multiprocessors
+        tile = WIDE_TILE if tensor and enough else TILE
+        defines = {"FORMAT": FORMATS[w.weight.format], "TILE": tile, "TENSOR": int(tensor)}
+        arguments = (h_MD, M, D, w.weight.structure, self.vector(w, "bias"), residual_MF, Out(out_MF))
+        self.launch("gemm.cu", "gemm", defines, (groups(F, tile), groups(M, tile), 1), 128, arguments)
+
+    def on_tensor_cores(self, matrix: Matrix) -> bool:
+        """Whether products of many tokens with a matrix are of bf16 numbers, with float32 sums."""
+        return self.dtype == "bfloat16" or (self.dtype == "stored" and matrix.format in IN_BFLOAT16)
 
     def gemv(self, name: str, x_MD: Array, matrix: Matrix, blocks: int, rows: int, args: tuple[Argument, ...]) -> None:
         """Launch a kernel of gemv.cu for at most FEW tokens; nothing for none."""
