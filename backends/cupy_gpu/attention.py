@@ -18,7 +18,7 @@ THREADS = 128
 LANES = (4, 8, 16)
 
 # Bytes of a key or value, at most, and the keys of a tile by it: the tiles of a block take less than 72 KiB.
-TILES = ((256, 64), (512, 32), (2048, 16))
+TILES = ((256, 64), (512, 32), (2048, 16), (4096, 8))
 
 # Blocks per multiprocessor that a step is cut into, and keys that a split should have.
 BLOCKS = 2

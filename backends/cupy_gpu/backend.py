@@ -5,6 +5,7 @@ from __future__ import annotations
 from npllm.backends.cupy_gpu.attention import Attention
 from npllm.backends.cupy_gpu.embedding import Embeddings
 from npllm.backends.cupy_gpu.ffn import FeedForward
+from npllm.backends.cupy_gpu.latent import Latents
 from npllm.backends.cupy_gpu.moe import Mixtures
 from npllm.backends.cupy_gpu.norms import Norms
 from npllm.backends.cupy_gpu.products import Products
@@ -13,5 +14,5 @@ from npllm.backends.cupy_gpu.rounding import Declared
 from npllm.backends.cupy_gpu.route import Routers
 
 
-class CupyBackend(Attention, FeedForward, Norms, Ropes, Embeddings, Mixtures, Routers, Declared, Products):
+class CupyBackend(Latents, Attention, FeedForward, Norms, Ropes, Embeddings, Mixtures, Routers, Declared, Products):
     """Models on an NVIDIA GPU: kernels of our own, decode steps as one graph."""

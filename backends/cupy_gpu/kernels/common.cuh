@@ -62,6 +62,14 @@ template <int LEFT> __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
+// Four 8 x 8 matrices of 2-byte numbers in shared memory, turned: lane i says where row i % 8 of matrix i / 8 begins, and gets
+// of each the pair in rows 2 (i % 4) and the next, column i / 4: mma_bf16's right side of rows that lie along its sums.
+__device__ __forceinline__ void load_turned(u32 pairs[4], const void *row) {
+    u32 from = (u32)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+        : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3]) : "r"(from) : "memory");
+}
+
 __device__ __forceinline__ void mma_bf16(float d[4], const u32 a[4], const u32 b[2]) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])

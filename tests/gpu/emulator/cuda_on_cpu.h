@@ -129,6 +129,23 @@ template <int LEFT> inline void copy_async_wait() {
     c->count = kept;
 }
 
+// ldmatrix.x4.trans: matrices are [8 rows][8 numbers of 2 bytes].
+inline void load_turned(unsigned pairs[4], const void *row) {
+    unsigned *room = emu_exchange(2), lane = emu_lane_of_block & 31;
+    if ((unsigned long)row % 16) __builtin_trap();
+    memcpy(room + 2 * lane, &row, 8);
+    emu_warp_barrier();
+    for (int matrix = 0; matrix < 4; matrix++) {
+        unsigned short both[2];
+        for (int i = 0; i < 2; i++) {
+            const unsigned short *numbers;
+            memcpy(&numbers, room + 2 * (matrix * 8 + lane % 4 * 2 + i), 8);
+            both[i] = numbers[lane / 4];
+        }
+        pairs[matrix] = both[0] | (unsigned)both[1] << 16;
+    }
+}
+
 // mma.sync.m16n8k16, bf16 pairs, float32 sums: fragments as in the PTX ISA, "Matrix fragments for mma.m16n8k16".
 inline void mma_bf16(float d[4], const unsigned a[4], const unsigned b[2]) {
     unsigned *room = emu_exchange(6), lane = emu_lane_of_block & 31, group = lane >> 2, pair = lane & 3;
