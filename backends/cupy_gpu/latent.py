@@ -123,7 +123,7 @@ class Latents(Attention, Products):
     def _attend_latents(
         self, q_MHK: Array, keys: Keys, rows: Rows, latent: int, mask: Mask, scale: float
     ) -> tuple[Array, int]:
-        """Attention on tensor cores -> what each part of the keys gives [M, H, splits, L + 2], and how many parts there are."""
+        """Attention on tensor cores -> what each part of the keys gives [M, H, parts, L + 2], and how many there are."""
         x_BSGK, (M, H, width) = keys.k_BSGK, q_MHK.shape
         lanes = max(rows.counts) * H
         tiles = next((each for each in TILES if each * QUERIES >= lanes), TILES[-1])

@@ -8,6 +8,7 @@
 
 #define THREADS 128
 #define GROUPS (THREADS / KEYS)
+// Differences of scores are scaled, not scores: these may be large, and what rounding does to them grows with them.
 #define LOG2_E 1.4426950408889634f
 #define NOTHING (-INFINITE)
 
@@ -156,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
             float score = softcap != 0.0f ? softcap * tanhf(dots[i] / softcap) : dots[i];
             bool seen = lane < used && s + key < end &&
                         sees(row.start + (first_lane + lane) / per, row.first + s + key, window, chunk);
-            scores[lane][key] = seen ? score * LOG2_E : NOTHING;
+            scores[lane][key] = seen ? score : NOTHING;
         }
         __syncthreads();
         for (int lane = WARP; lane < LANES; lane += THREADS / 32) {
@@ -165,14 +166,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
             most = warp_max(most);
             float base = most == NOTHING ? 0.0f : most;
             for (int i = LANE; i < KEYS; i += 32) {
-                float p = exp2f(scores[lane][i] - base);
+                float p = exp2f((scores[lane][i] - base) * LOG2_E);
                 scores[lane][i] = p;
                 sum += p;
             }
             sum = warp_sum(sum);
             __syncwarp();
             if (LANE == 0) {
-                shrink[lane] = exp2f(top[lane] - base);
+                shrink[lane] = exp2f((top[lane] - base) * LOG2_E);
                 total[lane] = total[lane] * shrink[lane] + sum;
                 top[lane] = most;
             }
@@ -219,14 +220,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
     for (int lane = 0; lane < LANES; lane++) {
         if (lane >= used) continue;
         i64 token = row.query + (first_lane + lane) / per, h = head * per + (first_lane + lane) % per;
-        float sink = sinks ? sinks[h] * LOG2_E : NOTHING, most = sink, all = 0, y[VALUES];
+        float sink = sinks ? sinks[h] : NOTHING, most = sink, all = 0, y[VALUES];
         const float *records = partial + tile * splits * LANES * record + lane * record;
         if (splits == 1) most = fmaxf(most, top[lane]);
         else for (i64 i = 0; i < splits; i++) most = fmaxf(most, load_shared_by_blocks(records + i * LANES * record));
         if (most == NOTHING) most = 0;
-        if (sinks) all = exp2f(sink - most);
+        if (sinks) all = exp2f((sink - most) * LOG2_E);
         if (splits == 1) {
-            float part = exp2f(top[lane] - most);
+            float part = exp2f((top[lane] - most) * LOG2_E);
             all += total[lane] * part;
 #pragma unroll
             for (int j = 0; j < VALUES; j++) y[j] = sums[lane][j] * part;
@@ -235,7 +236,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
             for (int j = 0; j < VALUES; j++) y[j] = 0;
             for (i64 i = 0; i < splits; i++) {
                 const float *from = records + i * LANES * record;
-                float height = load_shared_by_blocks(from), part = exp2f(height - most);
+                float height = load_shared_by_blocks(from), part = exp2f((height - most) * LOG2_E);
                 if (height == NOTHING) continue;
                 all = fmaf(load_shared_by_blocks(from + 1), part, all);
 #pragma unroll
