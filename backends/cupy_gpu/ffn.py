@@ -6,7 +6,7 @@ from npllm.arrays import Array
 from npllm.backend import Norm, accelerates
 from npllm.backends.cupy_gpu.base import ACTIVATIONS, THREADS, groups
 from npllm.backends.cupy_gpu.device import Out
-from npllm.backends.cupy_gpu.products import FEW, ROWS, WARPS, Products, unprepared
+from npllm.backends.cupy_gpu.products import ROWS, WARPS, Products, unprepared
 from npllm.weights import MLP, GatedFFN, Linear
 
 
@@ -28,7 +28,7 @@ class FeedForward(Products):
     def _hidden(self, x_MD: Array, gate: Linear, up: Linear | None, act: str, norm: Norm | None) -> Array:
         """`act(gate h) * up h` with `h = norm(x)`, or `act(gate h)`."""
         alike = up is None or up.weight.format == gate.weight.format
-        if len(x_MD) <= FEW and alike:
+        if self.are_few(x_MD, gate.weight) and alike:
             return self._few_hidden(x_MD, gate, up, act, norm)
         gate_MF, *up_MF = self.products(x_MD, (gate,) if up is None else (gate, up), norm)
         out_MF = self.empty(*gate_MF.shape)

@@ -17,6 +17,9 @@ from npllm.weights import QKV, Linear
 # Tokens that go through gemv.cu at a time.
 FEW = 8
 
+# Fewer of q4, where a vector has most numbers: registers are the limit.
+FEW_Q4 = 4
+
 # Rows of a matrix that a warp computes, and warps of a block (gemv.cuh).
 ROWS, WARPS = 2, 4
 
@@ -75,7 +78,7 @@ class Products(Base):
             return first + [self.product(x_MD, each, norm) for each in w[1:]]
         outs = [self.empty(len(x_MD), len(each.weight)) for each in w]
         residual_MF = None if residual_MF is None else self.plain(residual_MF)
-        if len(x_MD) <= FEW:
+        if self.are_few(x_MD, w[0].weight):
             self._few_products(x_MD, w, norm, residual_MF, outs)
             return outs
         h_MD = self.plain(self.normed(x_MD, norm))
@@ -94,26 +97,40 @@ class Products(Base):
         blocks = sum(groups(len(module.weight), WARPS * ROWS) for module in w)
         self.gemv("gemv", x_MD, w[0].weight, blocks, ROWS, (*self.source(x_MD, norm), *matrices, residual_MF))
 
-    def _many_products(self, h_MD: Array, w: Linear, residual_MF: Array | None, out_MF: Array) -> None:
-        """A matrix times more than FEW tokens."""
+    def product_in_float32(self, x_MD: Array, w: Linear) -> Array:
+        """`W x + b`, whatever the arithmetic is."""
+        if self.are_few(x_MD, w.weight):
+            return self.product(x_MD, w)
+        x_MD, out_MF = self.plain(x_MD), self.empty(len(x_MD), len(w.weight))
+        self._many_products(x_MD, w, None, out_MF, exact=True)
+        return out_MF
+
+    def _many_products(
+        self, h_MD: Array, w: Linear, residual_MF: Array | None, out_MF: Array, *, exact: bool = False
+    ) -> None:
+        """A matrix times more than FEW tokens; `exact`: in float32."""
         if not out_MF.size:
             return
         (M, D), (F, _) = h_MD.shape, w.weight.shape
-        tensor = self.on_tensor_cores(w.weight)
+        tensor = not exact and self.on_tensor_cores(w.weight)
         enough = groups(M, WIDE_TILE) * groups(F, WIDE_TILE) >= self.device.multiprocessors
         tile = WIDE_TILE if tensor and enough else TILE
         defines = {"FORMAT": FORMATS[w.weight.format], "TILE": tile, "TENSOR": int(tensor)}
         arguments = (h_MD, M, D, w.weight.structure, self.vector(w, "bias"), residual_MF, Out(out_MF))
-        self.launch("gemm.cu", "gemm", defines, (groups(F, tile), groups(M, tile), 1), 128, arguments)
+        self.launch("gemm.cu", "gemm", defines, (groups(F, tile), groups(M, tile), 1), 2 * tile, arguments)
+
+    def are_few(self, x_MD: Array, matrix: Matrix) -> bool:
+        """Whether these tokens meet the rows of a matrix as they lie."""
+        return len(x_MD) <= (FEW_Q4 if matrix.format == "q4" else FEW)
 
     def on_tensor_cores(self, matrix: Matrix) -> bool:
         """Whether products of many tokens with a matrix are of bf16 numbers, with float32 sums."""
         return self.dtype == "bfloat16" or (self.dtype == "stored" and matrix.format in IN_BFLOAT16)
 
     def gemv(self, name: str, x_MD: Array, matrix: Matrix, blocks: int, rows: int, args: tuple[Argument, ...]) -> None:
-        """Launch a kernel of gemv.cu for at most FEW tokens; nothing for none."""
+        """Launch a kernel that stands on gemv.cuh for at most FEW tokens; nothing for none."""
         if not len(x_MD) or not blocks:
             return
         tokens = tokens_macro(len(x_MD))
         defines = {"FORMAT": FORMATS[matrix.format], "TOKENS": tokens, "ROWS": rows}
-        self.launch("gemv.cu", name, defines, (blocks, 1, 1), WARPS * 32, args, STAGED_BYTES)
+        self.launch(f"{name}.cu", name, defines, (blocks, 1, 1), WARPS * 32, args, STAGED_BYTES)

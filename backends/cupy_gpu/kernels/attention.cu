@@ -77,7 +77,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
     i64 value_width, STORAGE(k), STORAGE(v), i64 size, i64 aligned, i64 window, i64 chunk, float scale, float softcap,
     const float *sinks, float *partial, u32 *tickets, float *out) {
     DYNAMIC_SHARED(room);
-    __shared__ float scores[LANES][KEYS], top[LANES], total[LANES], shrink[LANES];
+    __shared__ __align__(16) float scores[LANES][KEYS];
+    __shared__ float top[LANES], total[LANES], shrink[LANES];
     __shared__ u32 arrived;
     wait_for_inputs();
     release_dependents();
@@ -120,6 +121,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
         load_tile(row, r, begin, end, v, v_slot, v_entry, v_head, head, value_width, size, aligned, pages, pages_per_row, v_tiles);
     }
     int turn = 0;
+#pragma unroll 1
     for (i64 s = begin; s < end; s += KEYS, turn ^= 1) {
         copy_async_wait<0>();
         __syncthreads();
@@ -134,6 +136,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
         float dots[(LANES + GROUPS - 1) / GROUPS];
 #pragma unroll
         for (int i = 0; i < (LANES + GROUPS - 1) / GROUPS; i++) dots[i] = 0;
+#pragma unroll 1
         for (int vector = 0; vector < q_stride; vector++) {
             float w[PER];
             widen(k_tile[key * k_stride + vector], w);
@@ -183,67 +186,86 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
         for (int lane = 0; lane < LANES; lane++)
 #pragma unroll
             for (int j = 0; j < VALUES; j++) sums[lane][j] *= shrink[lane];
-        int present = (int)min((i64)KEYS, end - s);
-        for (int i = 0; i < present; i++) {
+        // Behind the last key, weights and values are zero.
+#pragma unroll 1
+        for (int i = 0; i < KEYS; i += 4) {
 #pragma unroll
             for (int j = 0; j < VALUES; j++) {
                 int n = threadIdx.x + j * THREADS;
                 if (n >= value_width) continue;
-                float value = number((const u8 *)(v_tile + i * v_stride), n);
+                float values[4];
 #pragma unroll
-                for (int lane = 0; lane < LANES; lane++) sums[lane][j] = fmaf(scores[lane][i], value, sums[lane][j]);
+                for (int a = 0; a < 4; a++) values[a] = number((const u8 *)(v_tile + (i + a) * v_stride), n);
+#pragma unroll
+                for (int lane = 0; lane < LANES; lane++) {
+                    float4 p = *(const float4 *)(scores[lane] + i);
+                    sums[lane][j] = fmaf(p.x, values[0], sums[lane][j]);
+                    sums[lane][j] = fmaf(p.y, values[1], sums[lane][j]);
+                    sums[lane][j] = fmaf(p.z, values[2], sums[lane][j]);
+                    sums[lane][j] = fmaf(p.w, values[3], sums[lane][j]);
+                }
             }
         }
     }
     __syncthreads();
 
-    // What is stored of a lane: its maximum, its total, then its sums.
-    const i64 record = value_width + 2, tile = blockIdx.y + (i64)gridDim.y * r;
-    float *mine = partial + (tile * splits + split) * LANES * record;
-    if (splits > 1) {
-        for (int lane = 0; lane < used; lane++) {
-            if (threadIdx.x == 0) mine[lane * record] = top[lane], mine[lane * record + 1] = total[lane];
+    if (splits == 1) {
+#pragma unroll
+        for (int lane = 0; lane < LANES; lane++) {
+            if (lane >= used) continue;
+            i64 token = row.query + (first_lane + lane) / per, h = head * per + (first_lane + lane) % per;
+            float most = top[lane], all = total[lane], part = 1;
+            if (sinks) {
+                most = fmaxf(most, sinks[h]);
+                part = exp2f((top[lane] - most) * LOG2_E);
+                all = all * part + exp2f((sinks[h] - most) * LOG2_E);
+            }
+            float inverse = all == 0.0f ? 0.0f : part / all;
 #pragma unroll
             for (int j = 0; j < VALUES; j++)
                 if (threadIdx.x + j * THREADS < value_width)
-                    mine[lane * record + 2 + threadIdx.x + j * THREADS] = sums[lane][j];
+                    out[(token * heads + h) * value_width + threadIdx.x + j * THREADS] = sums[lane][j] * inverse;
         }
-        __threadfence();
-        __syncthreads();
-        if (threadIdx.x == 0) arrived = atomicAdd(tickets + tile, 1u);
-        __syncthreads();
-        if (arrived != splits - 1) return;
-        __threadfence();
-        if (threadIdx.x == 0) tickets[tile] = 0;
+        return;
     }
+
+    // What is stored of a lane: its maximum, its total, then its sums.
+    const i64 record = value_width + 2, tile = blockIdx.y + (i64)gridDim.y * r;
+    float *mine = partial + (tile * splits + split) * LANES * record;
 #pragma unroll
     for (int lane = 0; lane < LANES; lane++) {
-        if (lane >= used) continue;
+        if (threadIdx.x == 0) mine[lane * record] = top[lane], mine[lane * record + 1] = total[lane];
+#pragma unroll
+        for (int j = 0; j < VALUES; j++)
+            if (threadIdx.x + j * THREADS < value_width) mine[lane * record + 2 + threadIdx.x + j * THREADS] = sums[lane][j];
+    }
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) arrived = atomicAdd(tickets + tile, 1u);
+    __syncthreads();
+    if (arrived != splits - 1) return;
+    __threadfence();
+    if (threadIdx.x == 0) tickets[tile] = 0;
+#pragma unroll 1
+    for (int lane = 0; lane < used; lane++) {
         i64 token = row.query + (first_lane + lane) / per, h = head * per + (first_lane + lane) % per;
-        float sink = sinks ? sinks[h] : NOTHING, most = sink, all = 0, y[VALUES];
-        const float *records = partial + tile * splits * LANES * record + lane * record;
-        if (splits == 1) most = fmaxf(most, top[lane]);
-        else for (i64 i = 0; i < splits; i++) most = fmaxf(most, load_shared_by_blocks(records + i * LANES * record));
+        const float *records = partial + (tile * splits * LANES + lane) * record;
+        float sink = sinks ? sinks[h] : NOTHING, most = sink;
+        for (i64 i = 0; i < splits; i++) most = fmaxf(most, load_shared_by_blocks(records + i * LANES * record));
         if (most == NOTHING) most = 0;
-        if (sinks) all = exp2f((sink - most) * LOG2_E);
-        if (splits == 1) {
-            float part = exp2f((top[lane] - most) * LOG2_E);
-            all += total[lane] * part;
+        float all = sinks ? exp2f((sink - most) * LOG2_E) : 0.0f, y[VALUES];
 #pragma unroll
-            for (int j = 0; j < VALUES; j++) y[j] = sums[lane][j] * part;
-        } else {
+        for (int j = 0; j < VALUES; j++) y[j] = 0;
+#pragma unroll 1
+        for (i64 i = 0; i < splits; i++) {
+            const float *from = records + i * LANES * record;
+            float height = load_shared_by_blocks(from), part = exp2f((height - most) * LOG2_E);
+            if (height == NOTHING) continue;
+            all = fmaf(load_shared_by_blocks(from + 1), part, all);
 #pragma unroll
-            for (int j = 0; j < VALUES; j++) y[j] = 0;
-            for (i64 i = 0; i < splits; i++) {
-                const float *from = records + i * LANES * record;
-                float height = load_shared_by_blocks(from), part = exp2f((height - most) * LOG2_E);
-                if (height == NOTHING) continue;
-                all = fmaf(load_shared_by_blocks(from + 1), part, all);
-#pragma unroll
-                for (int j = 0; j < VALUES; j++)
-                    if (threadIdx.x + j * THREADS < value_width)
-                        y[j] = fmaf(load_shared_by_blocks(from + 2 + threadIdx.x + j * THREADS), part, y[j]);
-            }
+            for (int j = 0; j < VALUES; j++)
+                if (threadIdx.x + j * THREADS < value_width)
+                    y[j] = fmaf(load_shared_by_blocks(from + 2 + threadIdx.x + j * THREADS), part, y[j]);
         }
         float inverse = all == 0.0f ? 0.0f : 1.0f / all;
 #pragma unroll

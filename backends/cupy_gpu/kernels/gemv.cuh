@@ -21,49 +21,58 @@
 #define PLANES (PER / 4)
 #define STAGED_VECTORS (STAGED / PER)
 
-// Vectors of each row that a lane fetches before it multiplies, and before it waits for the activations.
-#ifndef AHEAD
+// Vectors of each row that a lane fetches before it multiplies, and before it waits for the activations: fewer where each
+// means more products, which are unrolled.
+#if PER * TOKENS <= 16
 #define AHEAD 4
+#elif PER * TOKENS <= 64
+#define AHEAD 2
+#else
+#define AHEAD 1
 #endif
 
-struct Statistics { float mean[TOKENS], scale[TOKENS]; };
+// What the norm takes from a token, and multiplies it with.
+struct Statistics { float mean, scale; };
 
-__device__ __forceinline__ void measure(SOURCE, Statistics &s) {
+__device__ __forceinline__ void measure(SOURCE, Statistics *statistics) {
     __shared__ float room[WARPS];
-#pragma unroll
-    for (int t = 0; t < TOKENS; t++) {
-        s.mean[t] = 0;
-        s.scale[t] = 1;
-        if (norm == NO_NORM || t >= tokens) continue;
+#pragma unroll 1
+    for (int t = 0; t < tokens; t++) {
+        if (norm == NO_NORM) break;
+        Statistics s = {0, 1};
         const float *row = x + t * stride;
         if (norm == LAYER) {
             float sum = 0;
             for (int k = threadIdx.x; k < width; k += THREADS) sum += row[k];
-            s.mean[t] = block_sum(sum, room) / (float)width;
+            s.mean = block_sum(sum, room) / (float)width;
         }
         float squares = 0;
-        for (int k = threadIdx.x; k < width; k += THREADS) squares = fmaf(row[k] - s.mean[t], row[k] - s.mean[t], squares);
-        s.scale[t] = 1.0f / sqrtf(block_sum(squares, room) / (float)width + eps);
+        for (int k = threadIdx.x; k < width; k += THREADS) squares = fmaf(row[k] - s.mean, row[k] - s.mean, squares);
+        s.scale = 1.0f / sqrtf(block_sum(squares, room) / (float)width + eps);
+        if (threadIdx.x == 0) statistics[t] = s;
     }
 }
 
 // Numbers begin .. begin + STAGED of each token, normed, zero beyond their end.
-__device__ __forceinline__ void stage(SOURCE, const Statistics &s, int begin, float4 *staged) {
+__device__ __forceinline__ void stage(SOURCE, const Statistics *statistics, int begin, float4 *staged) {
     float *to = (float *)staged;
     int count = min((int)width - begin, STAGED);
     int filled = (count + PER - 1) / PER * PER;
-#pragma unroll
-    for (int t = 0; t < TOKENS; t++)
+#pragma unroll 1
+    for (int t = 0; t < TOKENS; t++) {
+        Statistics s = {0, 1};
+        if (norm != NO_NORM && t < tokens) s = statistics[t];
         for (int i = threadIdx.x; i < filled; i += THREADS) {
             int k = begin + i;
             float value = 0;
             if (t < tokens && i < count) {
-                value = (x[t * stride + k] - s.mean[t]) * s.scale[t];
+                value = (x[t * stride + k] - s.mean) * s.scale;
                 if (norm != NO_NORM && gain) value *= offset + gain[k];
                 if (norm == LAYER) value += shift[k];
             }
             to[(((t * PLANES) + i % PER / 4) * STAGED_VECTORS + i / PER) * 4 + i % 4] = value;
         }
+    }
 }
 
 // Sums over a lane's vectors of N rows with each token.
@@ -127,17 +136,19 @@ __device__ __forceinline__ void products(
     fetch<N>(row, 0, vectors, ahead);
     wait_for_inputs();
     release_dependents();
-    Statistics s;
-    measure(SOURCE_GIVEN, s);
+    __shared__ Statistics statistics[TOKENS];
+    measure(SOURCE_GIVEN, statistics);
 #pragma unroll
     for (int n = 0; n < N; n++)
 #pragma unroll
         for (int t = 0; t < TOKENS; t++) sums.of[n][t] = 0;
+#pragma unroll 1
     for (int begin = 0; begin < vectors; begin += STAGED_VECTORS) {
         int end = min(vectors, begin + STAGED_VECTORS);
         __syncthreads();
-        stage(SOURCE_GIVEN, s, begin * PER, staged);
+        stage(SOURCE_GIVEN, statistics, begin * PER, staged);
         __syncthreads();
+#pragma unroll 1
         for (int first = begin; first < end; first += AHEAD * 32) {
             if (first) fetch<N>(row, first, end, ahead);
             multiply<N>(m, factors, ahead, first, begin, end, staged, sums);
