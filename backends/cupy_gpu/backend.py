@@ -12,7 +12,8 @@ from npllm.backends.cupy_gpu.products import Products
 from npllm.backends.cupy_gpu.rope import Ropes
 from npllm.backends.cupy_gpu.rounding import Declared
 from npllm.backends.cupy_gpu.route import Routers
+from npllm.backends.cupy_gpu.steps import Steps
 
 
-class CupyBackend(Latents, Attention, FeedForward, Norms, Ropes, Embeddings, Mixtures, Routers, Declared, Products):
+class CupyBackend(Latents, Attention, FeedForward, Norms, Ropes, Embeddings, Mixtures, Routers, Declared, Steps, Products):
     """Models on an NVIDIA GPU: kernels of our own, decode steps as one graph."""

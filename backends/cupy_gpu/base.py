@@ -40,7 +40,7 @@ def planned(keys: Keys, rows: Rows) -> Array:
     size = max(1, keys.k_BSGK.shape[1])
     seen = zip(rows, keys.slots, keys.counts, keys.firsts, keys.begins, strict=True)
     plan = [
-        (slot, count, first, begin, query, end, start, start % size)
+        (slot, count if slot >= 0 else 0, first, begin, query, end, start, start % size)
         for (_, start, query, end), slot, count, first, begin in seen
     ]
     return np.array(plan, np.int64).reshape(len(plan), PLAN)

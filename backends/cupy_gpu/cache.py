@@ -26,10 +26,13 @@ class DeviceLayerCache(LayerCache):
         wraps = any(start + end - begin > self.size for _, start, begin, end in rows)
         if (wraps and max(rows.counts) > 1) or self.kv_dtype == "float64" or self.compute_dtype == "float64":
             return super().append(k_MGK, v_MGV, rows)
-        be = self.be.current()
-        keys = self.keys(rows)
-        self.reach(rows)
-        plan = be.plan(keys, rows, self)
+        be, keys = self.be, self.keys(rows)
+        step = getattr(rows, "step", None)
+        if step is None:
+            self.reach(rows)
+        else:
+            step.appended(keys, self)
+        plan = be.plan(keys, rows)
         defines = {"STORED": BF16 if self.kv_dtype == "bfloat16" else F32}
         for x_MGF, storage in zip([x for x in (k_MGK, v_MGV) if x is not None], self.stored, strict=True):
             if not x_MGF.size:

@@ -258,7 +258,7 @@ class Cuda(Device):
             where = "" if kernel is None else f" at {kernel.file}: {kernel.name}"
             raise BackendError(f"the GPU's driver says {(name.value or b'error').decode()} ({status}){where}")
 
-    def capture(self, function: Callable[..., Array], *inputs: Array) -> tuple[CudaGraph, Array]:
+    def capture(self, function: Callable[[], Array]) -> tuple[CudaGraph, Array]:
         # What the graph writes must never be given to others: it has a memory pool of its own, kept with it.
         pool = self.cupy.cuda.MemoryPool()
         stream = self.cupy.cuda.Stream()
@@ -267,7 +267,7 @@ class Cuda(Device):
             stream.begin_capture(self.cupy.cuda.runtime.streamCaptureModeThreadLocal)
             self.capturing = True
             try:
-                result = function(*inputs)
+                result = function()
             except BaseException as error:
                 self._abandon(stream)
                 if isinstance(error, (NotImplementedError, self.cupy.cuda.runtime.CUDARuntimeError)):

@@ -107,8 +107,8 @@ class Device(Protocol):
     def launch(self, kernel: Kernel, grid: Grid, block: int, args: Iterable[Argument], shared: int = 0) -> None:
         """Run a kernel after all that was launched before."""
 
-    def capture(self, function: Callable[..., Array], *inputs: Array) -> tuple[Graph, Array]:
-        """`function(*inputs)` as a graph, and the memory that its result will lie in; CannotCaptureError.
+    def capture(self, function: Callable[[], Array]) -> tuple[Graph, Array]:
+        """`function()` as a graph, and the memory that its result will lie in; CannotCaptureError.
 
         It must have run once before: what it makes at its first time must be there. It may upload and download nothing.
         """

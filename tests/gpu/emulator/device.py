@@ -130,10 +130,10 @@ class Emulator(Device):
         if SESSION.calls is not None:
             SESSION.calls.append(run)
 
-    def capture(self, function: Callable[..., Array], *inputs: Array) -> tuple[Replay, Array]:
+    def capture(self, function: Callable[[], Array]) -> tuple[Replay, Array]:
         SESSION.calls = calls = []
         try:
-            result = function(*inputs)
+            result = function()
         finally:
             SESSION.calls = None
         return Replay(calls), result

@@ -1,0 +1,175 @@
+"""`step`: a decode step is one CUDA graph.
+
+A step that brings each row one token runs twice as any other does. Then it is captured, with room for the next power of two
+of rows, and compared once with the step that ran. From there on a token costs the host one small copy and one launch: what
+differs from step to step (tokens, positions, where keys lie and which are seen) is in one buffer that all kernels read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from npllm.arrays import Array
+from npllm.backend import log_once
+from npllm.backends.cupy_gpu.base import PLAN, Base, planned
+from npllm.backends.cupy_gpu.cache import DeviceCache, DeviceLayerCache
+from npllm.backends.cupy_gpu.device import CannotCaptureError, Device, Graph
+from npllm.cache import Cache, Keys, LayerSpec, Rows
+from npllm.sampling import Drawn
+
+if TYPE_CHECKING:
+    from npllm.generation import State
+    from npllm.model import Model
+
+# The slot of a row that stands only for room in a graph: it has no keys, and stores none.
+NOBODY = -1
+
+
+@dataclass(frozen=True)
+class StepRows(Rows):
+    """Rows of a step whose plans lie in its buffer."""
+
+    step: Step | None = None
+
+
+class Step:
+    """A decode step over a cache, for up to so many rows."""
+
+    def __init__(self, device: Device, model: Model, cache: DeviceCache, room: int) -> None:
+        self.device, self.model, self.cache, self.room = device, model, cache, room
+        self.storage = [layer.stored for layer in cache.layers]
+        self.kinds = list({(layer.spec.mask, layer.size): layer for layer in cache.layers}.items())
+        self.buffer = device.empty((room * (2 + len(self.kinds) * PLAN),), "int64")
+        self.layers: dict[int, DeviceLayerCache] = {}
+        self.kept: list[Keys] = []
+        self.graph: Graph | None = None
+        self.logits_WN: Array | None = None
+        self.runs, self.problem = 0, ""
+
+    def current(self) -> bool:
+        """Whether the cache's memory is where it was."""
+        return all(layer.stored is stored for layer, stored in zip(self.cache.layers, self.storage, strict=True))
+
+    @property
+    def tokens_M(self) -> Array:
+        return self.buffer[: self.room]
+
+    @property
+    def positions_M(self) -> Array:
+        return self.buffer[self.room : 2 * self.room]
+
+    def rows(self, rows: Rows) -> StepRows:
+        """The rows of a step, and room for others."""
+        idle = self.room - len(rows.slots)
+        return StepRows(
+            rows.slots + (NOBODY,) * idle, rows.starts + (0,) * idle, (1,) * self.room, self.positions_M, None, self
+        )
+
+    def fill(self, tokens: Sequence[int], rows: Rows) -> None:
+        """Put what differs from step to step into the buffer."""
+        values = np.zeros(len(self.buffer), np.int64)
+        values[: len(tokens)] = tokens
+        values[self.room : self.room + len(rows.starts)] = rows.starts
+        wide = self.rows(rows)
+        for number, (_, layer) in enumerate(self.kinds):
+            begin = self.room * (2 + number * PLAN)
+            values[begin : begin + self.room * PLAN] = planned(layer.keys(wide), wide).reshape(-1)
+        self.device.write(self.buffer, values)
+
+    def appended(self, keys: Keys, layer: DeviceLayerCache) -> None:
+        """`keys` are what this layer's `append` gave."""
+        self.layers[id(keys)] = layer
+        self.kept.append(keys)
+
+    def plan(self, keys: Keys) -> Array:
+        """The plan of the rows over these keys: layers whose queries see keys by the same rule share one."""
+        layer = self.layers.get(id(keys))
+        if layer is None:
+            raise CannotCaptureError("attention reads keys that do not come from the cache")
+        number = [kind for kind, _ in self.kinds].index((layer.spec.mask, layer.size))
+        begin = self.room * (2 + number * PLAN)
+        return self.buffer[begin : begin + self.room * PLAN].reshape(self.room, PLAN)
+
+
+class Steps(Base):
+    """Caches and steps."""
+
+    def new_cache(self, specs: Sequence[LayerSpec], max_context: int, kv_dtype: str | None = None) -> Cache:
+        """Keys and values are kept in bfloat16 unless the arithmetic is float32 or wider, or `kv_dtype` says otherwise."""
+        if kv_dtype is None and self.dtype in ("stored", "bfloat16"):
+            kv_dtype = "bfloat16"
+        return DeviceCache(self, self.xp, specs, self.array_dtype, max_context, kv_dtype, self.available_memory)
+
+    def plan(self, keys: Keys, rows: Rows) -> Array:
+        if isinstance(rows, StepRows) and rows.step is not None:
+            return rows.step.plan(keys)
+        return super().plan(keys, rows)
+
+    def step(self, model: Model, state: State, /) -> Drawn:
+        logits_WN = self._decoded(model, state)
+        if logits_WN is None:
+            logits_WN = model.run(self, state.tokens_M, state.rows, state.cache)
+        return self.drawn(logits_WN, state)
+
+    def drawn(self, logits_WN: Array, state: State) -> Drawn:
+        """A token for each row that wants one."""
+        logits_WN = self.to_numpy(logits_WN)
+        tokens = [sampler.draw(logits_N) for sampler, logits_N in zip(state.samplers, logits_WN, strict=True)]
+        return Drawn(np.array(tokens, dtype=np.int64), logits_WN if state.logprobs else None)
+
+    def _decoded(self, model: Model, state: State) -> Array | None:
+        """The logits of a step that brings each row one token, or None if it is another, or cannot be captured."""
+        rows, cache = state.rows, state.cache
+        wanted = rows.wanted_W is not None and len(rows.wanted_W) == len(rows.counts)
+        if self.dtype == "float64" or not isinstance(cache, DeviceCache) or not wanted or set(rows.counts) != {1}:
+            return None
+        room = 1 << (len(rows.slots) - 1).bit_length()
+        key = id(model), room
+        step = cache.steps.get(key)
+        if step is None or not step.current():
+            cache.steps.pop(key, None)
+            cache.steps[key] = step = Step(self.device, model, cache, room)
+        if step.problem:
+            log_once(f"{self.name}.step runs every time: {step.problem}")
+            return None
+        tokens = self.to_numpy(state.tokens_M).tolist()
+        with self.limited(len(tokens), model.parameters):
+            for layer in cache.layers:
+                layer.reach(rows)
+            step.fill(tokens, rows)
+            logits_WN = self._played(step) if step.graph is not None else self._first(step, rows)
+        cache.advance(rows)
+        return logits_WN[: len(rows.slots)]
+
+    def _forward(self, step: Step, rows: Rows) -> Array:
+        model = step.model
+        step.layers.clear()
+        step.kept.clear()
+        return model.architecture.forward(self, model.config, model.weights, step.tokens_M, step.rows(rows), step.cache)
+
+    def _played(self, step: Step) -> Array:
+        assert step.graph is not None
+        assert step.logits_WN is not None
+        step.graph.launch()
+        return step.logits_WN
+
+    def _first(self, step: Step, rows: Rows) -> Array:
+        """A step that runs as any other; the second one is captured too, and what a launch gives compared with it."""
+        logits_WN = self._forward(step, rows)
+        step.runs += 1
+        if step.runs < 2:
+            return logits_WN
+        try:
+            step.graph, step.logits_WN = self.device.capture(lambda: self._forward(step, rows))
+        except CannotCaptureError as error:
+            step.problem = str(error)
+            return logits_WN
+        got, want = (self.to_numpy(each)[: len(rows.slots)] for each in (self._played(step), logits_WN))
+        if not np.array_equal(got, want, equal_nan=True):
+            step.graph, step.problem = None, "a launched graph gives other logits than the step that ran"
+        return logits_WN
+
