@@ -36,7 +36,7 @@ class Routers(Products):
 
     @accelerates(lambda self, h_MD, w, router: not_a_router(self, w))
     def route(self, h_MD: Array, w: Gate, /, router: Router) -> tuple[Array, Array]:
-        logits_ME = self.product(h_MD, w.gate)
+        logits_ME = self.product_in_float32(h_MD, w.gate)
         M, E, C = len(h_MD), len(w.gate.weight), router.experts_per_token
         index_MC, weight_MC = self.empty(M, C, dtype="int64"), self.empty(M, C)
         correction = None if w.correction is None else Fixed(self.plain(w.correction.weight))
