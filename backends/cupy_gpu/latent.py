@@ -13,7 +13,7 @@ import numpy as np
 from npllm import blocks
 from npllm.arrays import Array
 from npllm.backend import accelerates
-from npllm.backends.cupy_gpu.attention import BF16, F32, Attention, _aligned, _storage
+from npllm.backends.cupy_gpu.attention import BF16, F32, Attention
 from npllm.backends.cupy_gpu.base import THREADS, groups
 from npllm.backends.cupy_gpu.device import Out
 from npllm.backends.cupy_gpu.matrix import FORMATS, PER_VECTOR, Matrix
@@ -132,9 +132,11 @@ class Latents(Attention, Products):
         partial = self.empty(M, H, splits, latent + 2)
         stored = BF16 if x_BSGK.dtype == np.uint16 else F32
         defines = {"STORED": stored, "WIDTH": width, "LATENT": latent, "HEAD_TILES": tiles}
+        steps = x_BSGK.strides[:3]
+        aligned = all(step % 16 == 0 for step in (*steps, width * x_BSGK.itemsize))
         args = (
-            self.plan(keys, rows), *self._pages(keys), q_MHK, H, *_storage(x_BSGK), max(1, x_BSGK.shape[1]),
-            int(_aligned(x_BSGK)), mask.window or 0, mask.chunk or 0, float(scale), Out(partial),
+            self.plan(keys, rows), *self._pages(keys), q_MHK, H, x_BSGK, *(step // x_BSGK.itemsize for step in steps),
+            max(1, x_BSGK.shape[1]), int(aligned), mask.window or 0, mask.chunk or 0, float(scale), Out(partial),
         )  # fmt: skip
         # struct Shared of latent_attention.cu.
         stride, queries = groups(width, 64) * 64 + 8, tiles * QUERIES

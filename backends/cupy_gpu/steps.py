@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from npllm.arrays import Array
 from npllm.backend import log_once
-from npllm.backends.cupy_gpu.base import PLAN, Base, planned
+from npllm.backends.cupy_gpu.base import PLAN, planned
 from npllm.backends.cupy_gpu.cache import DeviceCache, DeviceLayerCache
 from npllm.backends.cupy_gpu.device import CannotCaptureError, Device, Graph
+from npllm.backends.cupy_gpu.sampling import SETTINGS, Draws
 from npllm.cache import Cache, Keys, LayerSpec, Rows
 from npllm.sampling import Drawn
 
@@ -43,7 +44,8 @@ class Step:
         self.device, self.model, self.cache, self.room = device, model, cache, room
         self.storage = [layer.stored for layer in cache.layers]
         self.kinds = list({(layer.spec.mask, layer.size): layer for layer in cache.layers}.items())
-        self.buffer = device.empty((room * (2 + len(self.kinds) * PLAN),), "int64")
+        self.buffer = device.empty((room * (2 + SETTINGS + len(self.kinds) * PLAN),), "int64")
+        self.drawn_W = device.empty((room,), "int64")
         self.layers: dict[int, DeviceLayerCache] = {}
         self.kept: list[Keys] = []
         self.graph: Graph | None = None
@@ -55,12 +57,17 @@ class Step:
         return all(layer.stored is stored for layer, stored in zip(self.cache.layers, self.storage, strict=True))
 
     @property
-    def tokens_M(self) -> Array:
+    def tokens_M(self) -> Array:  # noqa: N802
         return self.buffer[: self.room]
 
     @property
-    def positions_M(self) -> Array:
+    def positions_M(self) -> Array:  # noqa: N802
         return self.buffer[self.room : 2 * self.room]
+
+    @property
+    def settings_WS(self) -> Array:  # noqa: N802
+        """What tokens are drawn by."""
+        return self.buffer[-SETTINGS * self.room :].view("float64").reshape(self.room, SETTINGS)
 
     def rows(self, rows: Rows) -> StepRows:
         """The rows of a step, and room for others."""
@@ -69,7 +76,7 @@ class Step:
             rows.slots + (NOBODY,) * idle, rows.starts + (0,) * idle, (1,) * self.room, self.positions_M, None, self
         )
 
-    def fill(self, tokens: Sequence[int], rows: Rows) -> None:
+    def fill(self, tokens: Sequence[int], rows: Rows, settings_WS: Array | None) -> None:
         """Put what differs from step to step into the buffer."""
         values = np.zeros(len(self.buffer), np.int64)
         values[: len(tokens)] = tokens
@@ -78,6 +85,9 @@ class Step:
         for number, (_, layer) in enumerate(self.kinds):
             begin = self.room * (2 + number * PLAN)
             values[begin : begin + self.room * PLAN] = planned(layer.keys(wide), wide).reshape(-1)
+        if settings_WS is not None:
+            begin = len(values) - SETTINGS * self.room
+            values[begin : begin + settings_WS.size] = settings_WS.reshape(-1).view(np.int64)
         self.device.write(self.buffer, values)
 
     def appended(self, keys: Keys, layer: DeviceLayerCache) -> None:
@@ -95,7 +105,7 @@ class Step:
         return self.buffer[begin : begin + self.room * PLAN].reshape(self.room, PLAN)
 
 
-class Steps(Base):
+class Steps(Draws):
     """Caches and steps."""
 
     def new_cache(self, specs: Sequence[LayerSpec], max_context: int, kv_dtype: str | None = None) -> Cache:
@@ -110,19 +120,27 @@ class Steps(Base):
         return super().plan(keys, rows)
 
     def step(self, model: Model, state: State, /) -> Drawn:
-        logits_WN = self._decoded(model, state)
-        if logits_WN is None:
-            logits_WN = model.run(self, state.tokens_M, state.rows, state.cache)
-        return self.drawn(logits_WN, state)
+        settings_WS = self.settings(state, model.config.vocab_size)
+        step = self._decoded(model, state, settings_WS)
+        if step is None:
+            return self.drawn(model.run(self, state.tokens_M, state.rows, state.cache), state, settings_WS)
+        if settings_WS is not None:
+            return self.taken(step.drawn_W, state.samplers)
+        assert step.logits_WN is not None
+        return self.drawn(step.logits_WN[: len(state.samplers)], state, None)
 
-    def drawn(self, logits_WN: Array, state: State) -> Drawn:
+    def drawn(self, logits_WN: Array, state: State, settings_WS: Array | None) -> Drawn:
         """A token for each row that wants one."""
+        if settings_WS is not None:
+            tokens_W = self.empty(len(settings_WS), dtype="int64")
+            self.sample(logits_WN, self.device.upload(settings_WS), tokens_W)
+            return self.taken(tokens_W, state.samplers)
         logits_WN = self.to_numpy(logits_WN)
         tokens = [sampler.draw(logits_N) for sampler, logits_N in zip(state.samplers, logits_WN, strict=True)]
         return Drawn(np.array(tokens, dtype=np.int64), logits_WN if state.logprobs else None)
 
-    def _decoded(self, model: Model, state: State) -> Array | None:
-        """The logits of a step that brings each row one token, or None if it is another, or cannot be captured."""
+    def _decoded(self, model: Model, state: State, settings_WS: Array | None) -> Step | None:
+        """A step that brings each row one token, done; or None if it is another, or cannot be captured."""
         rows, cache = state.rows, state.cache
         wanted = rows.wanted_W is not None and len(rows.wanted_W) == len(rows.counts)
         if self.dtype == "float64" or not isinstance(cache, DeviceCache) or not wanted or set(rows.counts) != {1}:
@@ -140,36 +158,37 @@ class Steps(Base):
         with self.limited(len(tokens), model.parameters):
             for layer in cache.layers:
                 layer.reach(rows)
-            step.fill(tokens, rows)
-            logits_WN = self._played(step) if step.graph is not None else self._first(step, rows)
+            step.fill(tokens, rows, settings_WS)
+            if step.graph is not None:
+                step.graph.launch()
+            else:
+                self._first(step, rows)
         cache.advance(rows)
-        return logits_WN[: len(rows.slots)]
+        return step
 
     def _forward(self, step: Step, rows: Rows) -> Array:
+        """The step's logits [room, N]; its tokens are drawn."""
         model = step.model
         step.layers.clear()
         step.kept.clear()
-        return model.architecture.forward(self, model.config, model.weights, step.tokens_M, step.rows(rows), step.cache)
-
-    def _played(self, step: Step) -> Array:
-        assert step.graph is not None
-        assert step.logits_WN is not None
-        step.graph.launch()
-        return step.logits_WN
-
-    def _first(self, step: Step, rows: Rows) -> Array:
-        """A step that runs as any other; the second one is captured too, and what a launch gives compared with it."""
-        logits_WN = self._forward(step, rows)
-        step.runs += 1
-        if step.runs < 2:
-            return logits_WN
-        try:
-            step.graph, step.logits_WN = self.device.capture(lambda: self._forward(step, rows))
-        except CannotCaptureError as error:
-            step.problem = str(error)
-            return logits_WN
-        got, want = (self.to_numpy(each)[: len(rows.slots)] for each in (self._played(step), logits_WN))
-        if not np.array_equal(got, want, equal_nan=True):
-            step.graph, step.problem = None, "a launched graph gives other logits than the step that ran"
+        logits_WN = model.architecture.forward(self, model.config, model.weights, step.tokens_M, step.rows(rows), step.cache)
+        self.sample(logits_WN, step.settings_WS, step.drawn_W)
         return logits_WN
 
+    def _first(self, step: Step, rows: Rows) -> None:
+        """A step that runs as any other; the second one is captured too, and what a launch gives compared with it."""
+        step.logits_WN = self._forward(step, rows)
+        step.runs += 1
+        if step.runs < 2:
+            return
+        want = self.to_numpy(step.logits_WN)[: len(rows.slots)]
+        try:
+            graph, logits_WN = self.device.capture(lambda: self._forward(step, rows))
+        except CannotCaptureError as error:
+            step.problem = str(error)
+            return
+        graph.launch()
+        if np.array_equal(self.to_numpy(logits_WN)[: len(rows.slots)], want, equal_nan=True):
+            step.graph, step.logits_WN = graph, logits_WN
+        else:
+            step.problem = "a launched graph gives other logits than the step that ran"
