@@ -28,7 +28,7 @@ ACTIVATIONS = {
 }  # fmt: skip
 
 # Of each row, in a plan (keys.cuh): its slot, how many keys it sees, the position of the first and where it lies in storage;
-# the row's first query among the packed ones, the last one's successor, the first one's position and where its key is stored.
+# its first query among the packed ones, the last one's successor, the first one's position and where its key is stored.
 PLAN = 8
 
 # Threads of kernels that treat every number alike.

@@ -7,6 +7,7 @@ Launch"). `cuLaunchKernelEx` is called here for it, in captured steps alone. NPL
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -19,6 +20,8 @@ from typing import Any
 import numpy as np
 
 from npllm.arrays import Array, DTypeLike
+from npllm.backend import log_once
+from npllm.backends.cupy_gpu import cublaslt
 from npllm.backends.cupy_gpu.device import Argument, CannotCaptureError, Device, Grid, Kernel, Memory, Packed
 from npllm.backends.cupy_gpu.sources import source
 from npllm.errors import BackendError, MemoryLimitError, NotInstalledError
@@ -120,7 +123,7 @@ class Configuration(ctypes.Structure):
 
 
 def compile_cubin(text: str, name: str, architecture: int, defines: Sequence[tuple[str, int]]) -> bytes:
-    """A source compiled by NVRTC for exactly this architecture; needs no GPU. BackendError with the compiler's first error."""
+    """A source compiled by NVRTC for exactly this architecture; needs no GPU. BackendError with what the compiler says."""
     from cupy_backends.cuda.libs import nvrtc
 
     options = (f"-arch=sm_{architecture}", "-std=c++17", "-default-device", *(f"-D{key}={value}" for key, value in defines))
@@ -154,19 +157,13 @@ def cubin(file: str, architecture: int, defines: tuple[tuple[str, int], ...], co
     except OSError:
         pass
     made = compile_cubin(text, file, architecture, defines)
-    with _forgiving():
+    # A folder that cannot be written costs time, nothing else.
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
         partial.write_bytes(hashlib.blake2b(made, digest_size=16).digest() + made)
         partial.replace(path)
     return made
-
-
-def _forgiving() -> Any:
-    """A folder that cannot be written costs time, nothing else."""
-    import contextlib
-
-    return contextlib.suppress(OSError)
 
 
 class CudaGraph:
@@ -283,10 +280,21 @@ class Cuda(Device):
 
     def _abandon(self, stream: Any) -> None:
         """End a capture that failed; CuPy's own call may fail once more."""
-        try:
+        with contextlib.suppress(Exception):
             stream.end_capture()
-        except Exception:  # noqa: BLE001
-            pass
+
+    def blas(self) -> cublaslt.Products | None:
+        return self._blas
+
+    @functools.cached_property
+    def _blas(self) -> cublaslt.Products | None:
+        library = cublaslt.load()
+        if library is None:
+            log_once("cupy: cuBLASLt is not installed; products of prompts go through slower kernels of our own")
+            return None
+        self._workspace = self.empty((cublaslt.WORKSPACE,), "uint8")
+        stream = self.cupy.cuda.get_current_stream
+        return cublaslt.Products(library, self.address(self._workspace), cublaslt.WORKSPACE, lambda: int(stream().ptr))
 
     def memory(self) -> Memory:
         free, total = self.cupy.cuda.runtime.memGetInfo()

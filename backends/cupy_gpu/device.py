@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from npllm.arrays import Array, DTypeLike, Namespace
+from npllm.backends.cupy_gpu.cublaslt import Products
 from npllm.errors import BackendError
 
 
@@ -106,6 +107,9 @@ class Device(Protocol):
 
     def launch(self, kernel: Kernel, grid: Grid, block: int, args: Iterable[Argument], shared: int = 0) -> None:
         """Run a kernel after all that was launched before."""
+
+    def blas(self) -> Products | None:
+        """cuBLASLt on this device; None where there is none."""
 
     def capture(self, function: Callable[[], Array]) -> tuple[Graph, Array]:
         """`function()` as a graph, and the memory that its result will lie in; CannotCaptureError.

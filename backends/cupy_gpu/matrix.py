@@ -70,6 +70,16 @@ class Matrix:
         return Structure(struct.pack(f"{len(self._words)}q", *self._words), arrays)
 
     @property
+    def address(self) -> int:
+        """Of the first row, on the device."""
+        return self._words[0]
+
+    @property
+    def pitch(self) -> int:
+        """Bytes between two rows; those behind a row's end are zero."""
+        return self._words[3]
+
+    @property
     def nbytes(self) -> int:
         return int(self._data.nbytes) + (0 if self._factors is None else int(self._factors.nbytes))
 

@@ -7,9 +7,12 @@ bfloat16.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from npllm.arrays import Array
 from npllm.backend import Norm, accelerates, split_heads
-from npllm.backends.cupy_gpu.base import Base, groups
+from npllm.backends.cupy_gpu import cublaslt
+from npllm.backends.cupy_gpu.base import THREADS, Base, groups
 from npllm.backends.cupy_gpu.device import Argument, Out, Structure
 from npllm.backends.cupy_gpu.matrix import FORMATS, Matrix
 from npllm.weights import QKV, Linear
@@ -31,6 +34,9 @@ TILE, WIDE_TILE = 64, 128
 
 # Formats that dtype "stored" multiplies in bfloat16: what they hold has no more bits.
 IN_BFLOAT16 = ("bf16", "f8_e4m3", "q8", "q4")
+
+# Numbers of a matrix that are rounded to bf16 at a time, for cuBLASLt.
+WIDENED = 1 << 25
 
 # In the place of a matrix that a kernel shall not see.
 EMPTY = Structure(bytes(11 * 8), ())
@@ -113,11 +119,55 @@ class Products(Base):
             return
         (M, D), (F, _) = h_MD.shape, w.weight.shape
         tensor = not exact and self.on_tensor_cores(w.weight)
+        if self._library_products(h_MD, w, residual_MF, out_MF, tensor):
+            return
         enough = groups(M, WIDE_TILE) * groups(F, WIDE_TILE) >= self.device.multiprocessors
         tile = WIDE_TILE if tensor and enough else TILE
         defines = {"FORMAT": FORMATS[w.weight.format], "TILE": tile, "TENSOR": int(tensor)}
         arguments = (h_MD, M, D, w.weight.structure, self.vector(w, "bias"), residual_MF, Out(out_MF))
         self.launch("gemm.cu", "gemm", defines, (groups(F, tile), groups(M, tile), 1), 2 * tile, arguments)
+
+    def _library_products(self, h_MD: Array, w: Linear, residual_MF: Array | None, out_MF: Array, tensor: bool) -> bool:
+        """The same by cuBLASLt -> whether it is there and has a kernel for it."""
+        blas = self.device.blas()
+        matrix, (M, D), F = w.weight, h_MD.shape, len(w.weight)
+        if blas is None or not D or not (tensor or matrix.format == "f32"):
+            return False
+        if residual_MF is not None:
+            out_MF[...] = residual_MF
+        kind, at = "bf16" if tensor else "f32", self.device.address
+        x_MD = self._halved(h_MD) if tensor else h_MD
+        for begin, count, address, step in self._stored_parts(matrix, kind):
+            places = at(x_MD), address, at(out_MF) + 4 * begin
+            shape = cublaslt.Shape(M, count, D, kind, step, F, cublaslt.alignment(*places))
+            if not blas.multiply(shape, *places, add=residual_MF is not None):
+                return False
+        if w.bias is not None:
+            out_MF += self.plain(w.bias)
+        return True
+
+    def _stored_parts(self, matrix: Matrix, kind: str) -> Iterator[tuple[int, int, int, int]]:
+        """Rows of a matrix as cuBLASLt reads them -> the first one's number, how many, where they lie, and how many numbers
+        apart; those of another format are rounded to bf16, part by part."""
+        F, D = matrix.shape
+        if matrix.format == kind:
+            yield 0, F, matrix.address, matrix.pitch // (2 if kind == "bf16" else 4)
+            return
+        per = max(1, WIDENED // D)
+        for begin in range(0, F, per):
+            count = min(per, F - begin)
+            part_FD = self.empty(count, D, dtype="uint16")
+            blocks = min(groups(part_FD.size, THREADS), 16 * self.device.multiprocessors)
+            args = (matrix.structure, begin, count, 1, Out(part_FD))
+            self.launch("widen.cu", "widen_matrix", {"FORMAT": FORMATS[matrix.format]}, (blocks, 1, 1), THREADS, args)
+            yield begin, count, self.device.address(part_FD), D
+
+    def _halved(self, x_MD: Array) -> Array:
+        """bf16 bits."""
+        out_MD = self.empty(*x_MD.shape, dtype="uint16")
+        blocks = min(groups(x_MD.size, THREADS), 16 * self.device.multiprocessors)
+        self.launch("elementwise.cu", "halve", {}, (blocks, 1, 1), THREADS, (x_MD, x_MD.size, Out(out_MD)))
+        return out_MD
 
     def are_few(self, x_MD: Array, matrix: Matrix) -> bool:
         """Whether these tokens meet the rows of a matrix as they lie."""

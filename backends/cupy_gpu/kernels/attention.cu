@@ -73,7 +73,7 @@ __device__ __forceinline__ void load_tile(
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) attend(
-    const i64 *plan, const i64 *pages, i64 pages_per_row, const float *q, i64 heads, i64 key_heads, i64 key_width,
+    const i64 *plan, const i64 *pages, i64 pages_per_row, i64 most, const float *q, i64 heads, i64 key_heads, i64 key_width,
     i64 value_width, STORAGE(k), STORAGE(v), i64 size, i64 aligned, i64 window, i64 chunk, float scale, float softcap,
     const float *sinks, float *partial, u32 *tickets, float *out) {
     DYNAMIC_SHARED(room);
@@ -87,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
     const i64 head = blockIdx.y % key_heads, first_lane = blockIdx.y / key_heads * LANES;
     const Row row = row_of_plan(plan, r);
     const i64 lanes = (row.end - row.query) * per;
-    if (first_lane >= lanes) return;
+    if (first_lane >= lanes || row.end - row.query > most) return;
     const int used = (int)min((i64)LANES, lanes - first_lane);
 
     // The keys that any of these queries sees, and this block's part of them.

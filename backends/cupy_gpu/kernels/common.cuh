@@ -70,6 +70,13 @@ __device__ __forceinline__ void load_turned(u32 pairs[4], const void *row) {
         : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3]) : "r"(from) : "memory");
 }
 
+// The same as they lie: of each, the pair in row i / 4, columns 2 (i % 4) and the next, as mma_bf16 takes both its sides.
+__device__ __forceinline__ void load_matrices(u32 r[4], const void *row) {
+    u32 from = (u32)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
+}
+
 __device__ __forceinline__ void mma_bf16(float d[4], const u32 a[4], const u32 b[2]) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])

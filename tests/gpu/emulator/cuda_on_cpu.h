@@ -146,6 +146,19 @@ inline void load_turned(unsigned pairs[4], const void *row) {
     }
 }
 
+// ldmatrix.x4.
+inline void load_matrices(unsigned pairs[4], const void *row) {
+    unsigned *room = emu_exchange(2), lane = emu_lane_of_block & 31;
+    if ((unsigned long)row % 16) __builtin_trap();
+    memcpy(room + 2 * lane, &row, 8);
+    emu_warp_barrier();
+    for (int matrix = 0; matrix < 4; matrix++) {
+        const unsigned char *numbers;
+        memcpy(&numbers, room + 2 * (matrix * 8 + lane / 4), 8);
+        memcpy(pairs + matrix, numbers + lane % 4 * 4, 4);
+    }
+}
+
 // mma.sync.m16n8k16, bf16 pairs, float32 sums: fragments as in the PTX ISA, "Matrix fragments for mma.m16n8k16".
 inline void mma_bf16(float d[4], const unsigned a[4], const unsigned b[2]) {
     unsigned *room = emu_exchange(6), lane = emu_lane_of_block & 31, group = lane >> 2, pair = lane & 3;
