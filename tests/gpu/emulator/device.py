@@ -15,6 +15,7 @@ import numpy as np
 
 from npllm.arrays import Array, DTypeLike
 from npllm.backends.cupy_gpu.backend import CupyBackend
+from npllm.backends.cupy_gpu.cublaslt import Products
 from npllm.backends.cupy_gpu.device import Argument, Device, Grid, Kernel, Memory, Packed
 from npllm.backends.cupy_gpu.sources import kernels, source
 from tests.gpu.emulator.arrays import SESSION, DeviceArray, Module, plain
@@ -137,6 +138,9 @@ class Emulator(Device):
         finally:
             SESSION.calls = None
         return Replay(calls), result
+
+    def blas(self) -> Products | None:
+        return None
 
     def memory(self) -> Memory:
         return Memory(self.limit, self.limit)
