@@ -73,7 +73,7 @@ def fake() -> ctypes.CDLL:
 @pytest.fixture
 def products() -> Iterator[Products]:
     room = np.zeros(1, np.uint8)
-    yield Products(fake(), room.ctypes.data, WORKSPACE, lambda: 0)
+    return Products(fake(), room.ctypes.data, WORKSPACE, lambda: 0)
 
 
 def bf16(x: np.ndarray) -> np.ndarray:
