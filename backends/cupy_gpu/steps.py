@@ -160,11 +160,15 @@ class Steps(Draws):
                 layer.reach(rows)
             step.fill(tokens, rows, settings_WS)
             if step.graph is not None:
-                step.graph.launch()
+                self._played(step.graph)
             else:
                 self._first(step, rows)
         cache.advance(rows)
         return step
+
+    def _played(self, graph: Graph) -> None:
+        """The step once more, with what the buffer holds now."""
+        graph.launch()
 
     def _forward(self, step: Step, rows: Rows) -> Array:
         """The step's logits [room, N]; its tokens are drawn."""
@@ -187,7 +191,7 @@ class Steps(Draws):
         except CannotCaptureError as error:
             step.problem = str(error)
             return
-        graph.launch()
+        self._played(graph)
         if np.array_equal(self.to_numpy(logits_WN)[: len(rows.slots)], want, equal_nan=True):
             step.graph, step.logits_WN = graph, logits_WN
         else:
