@@ -100,7 +100,7 @@ class Attention(Base):
         """The rows of more than `few` queries, on tensor cores."""
         (_, H, K), (G, V) = q_MHK.shape, keys.v_BSGV.shape[2:]
         head, values = _tile_width(K), _tile_width(V)
-        defines = {"STORED": _stored(keys), "HEAD": head, "VALUES": values}
+        defines = {"STORED": _stored(keys), "HEAD": head, "VALUES": values, "CAPPED": int(ends[3] != 0.0)}
         shared = 2 * QUERIES * (2 * (head + 8) + values + 8)
         arguments = (*plan, few, q_MHK, H, G, K, V, *_both(keys), *ends, Out(out_MHV))
         grid = (groups(max(rows.counts), QUERIES), H, len(rows.counts))

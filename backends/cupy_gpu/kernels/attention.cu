@@ -72,12 +72,13 @@ __device__ __forceinline__ void load_tile(
     copy_async_commit();
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) attend(
+extern "C" __global__ void __launch_bounds__(THREADS, 3) attend(
     const i64 *plan, const i64 *pages, i64 pages_per_row, i64 most, const float *q, i64 heads, i64 key_heads, i64 key_width,
     i64 value_width, STORAGE(k), STORAGE(v), i64 size, i64 aligned, i64 window, i64 chunk, float scale, float softcap,
     const float *sinks, float *partial, u32 *tickets, float *out) {
     DYNAMIC_SHARED(room);
     __shared__ __align__(16) float scores[LANES][KEYS];
+    __shared__ int low_of[LANES], high_of[LANES];
     __shared__ float top[LANES], total[LANES], shrink[LANES];
     __shared__ u32 arrived;
     wait_for_inputs();
@@ -109,7 +110,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
         }
         ((float *)queries)[((n % PER / 4 * LANES + lane) * q_stride + n / PER) * 4 + n % 4] = value;
     }
-    for (int i = threadIdx.x; i < LANES; i += THREADS) top[i] = NOTHING, total[i] = 0;
+    // Of each query, the keys that it sees.
+    for (int i = threadIdx.x; i < LANES; i += THREADS) {
+        i64 position = row.start + (first_lane + i) / per;
+        low_of[i] = (int)(reach(position, window, chunk) - row.first);
+        high_of[i] = i < used ? (int)min(end, position + 1 - row.first) : 0;
+        top[i] = NOTHING, total[i] = 0;
+    }
     float sums[LANES][VALUES];
 #pragma unroll
     for (int lane = 0; lane < LANES; lane++)
@@ -158,8 +165,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
             int lane = i * GROUPS + threadIdx.x / KEYS;
             if (lane >= LANES) continue;
             float score = softcap != 0.0f ? softcap * tanhf(dots[i] / softcap) : dots[i];
-            bool seen = lane < used && s + key < end &&
-                        sees(row.start + (first_lane + lane) / per, row.first + s + key, window, chunk);
+            bool seen = s + key >= low_of[lane] && s + key < high_of[lane];
             scores[lane][key] = seen ? score : NOTHING;
         }
         __syncthreads();

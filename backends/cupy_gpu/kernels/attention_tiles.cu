@@ -2,7 +2,8 @@
 //
 // A block takes 64 queries of one head, 16 a warp, and passes over the keys that any of them sees, 64 at a time; values travel
 // while scores are computed, the next keys while values are summed. Scores are scaled, capped and masked in float32.
-// Macros: STORED (F32 or BF16), HEAD and VALUES: the widths of keys and values, rounded up to a multiple of 16.
+// Macros: STORED (F32 or BF16), HEAD and VALUES: the widths of keys and values, rounded up to a multiple of 16; CAPPED: whether
+// scores are capped.
 #include "keys.cuh"
 
 #define THREADS 128
@@ -87,6 +88,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_tiles(
     for (int d = 0; d < VALUES / 8; d++)
 #pragma unroll
         for (int i = 0; i < 4; i++) sums[d][i] = 0;
+    // Of its two queries, a lane knows the keys that they see, counted as `s` is: low .. high.
+    int low[2], high[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        i64 t = first + WARP * 16 + group + i * 8, position = row.start + t;
+        low[i] = (int)(reach(position, window, chunk) - row.first);
+        high[i] = t < count ? (int)min(end, position + 1 - row.first) : 0;
+    }
     // A lane gives the address of one row of four 8 x 8 matrices.
     const u8 *q_rows = q_tile + (WARP * 16 + (LANE & 15)) * HEAD_ROW + (LANE >> 4) * 16;
     const u8 *k_rows = k_tile + ((LANE >> 4) * 8 + (LANE & 7)) * HEAD_ROW + (LANE >> 3 & 1) * 16;
@@ -127,9 +136,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_tiles(
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 float score = scores[n][i] * scale;
-                if (softcap != 0.0f) score = softcap * tanhf(score / softcap);
-                i64 key = n * 8 + pair * 2 + (i & 1), t = first + WARP * 16 + group + (i >> 1) * 8;
-                if (!plain && !(s + key < end && t < count && sees(row.start + t, key0 + key, window, chunk))) score = NOTHING;
+#if CAPPED
+                score = softcap * tanhf(score / softcap);
+#endif
+                int key = (int)s + n * 8 + pair * 2 + (i & 1);
+                if (!plain && (key < low[i >> 1] || key >= high[i >> 1])) score = NOTHING;
                 scores[n][i] = score;
                 most[i >> 1] = fmaxf(most[i >> 1], score);
             }

@@ -22,9 +22,6 @@ __device__ __forceinline__ void place_of(
     entry = i % (u32)size;
 }
 
-__device__ __forceinline__ bool sees(i64 query, i64 key, i64 window, i64 chunk) {
-    return key <= query && (!window || query - key < window) && (!chunk || query / chunk == key / chunk);
-}
 // The first position that a query sees.
 __device__ __forceinline__ i64 reach(i64 query, i64 window, i64 chunk) {
     i64 low = 0;
