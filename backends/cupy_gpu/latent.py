@@ -140,7 +140,7 @@ class Latents(Attention, Products):
         )  # fmt: skip
         # struct Shared of latent_attention.cu.
         stride, queries = groups(width, 64) * 64 + 8, tiles * QUERIES
-        shared = 2 * KEYS * stride * 2 + 4 * queries * (KEYS + 4) * 4 + queries * (KEYS + 8) * 2 + queries * 4
+        shared = 2 * KEYS * stride * 2 + 4 * queries * (KEYS + 4) * 4 + queries * (KEYS + 8) * 2 + queries * 20
         grid = (splits, blocks, len(rows.counts))
         self.launch("latent_attention.cu", "attend_latents", defines, grid, 128 * tiles, args, shared)
         return partial, splits

@@ -24,7 +24,9 @@ struct Shared {
     u16 keys[2][KEYS * STRIDE];
     float scores[HEAD_TILES][4][16][KEYS + 4];
     u16 p[LANES * P_STRIDE];
-    float shrink[LANES];
+    // Of each query: its maximum, its total, what its sums are to shrink by, and the keys that it sees.
+    float top[LANES], total[LANES], shrink[LANES];
+    int first_seen[LANES], last_seen[LANES];
 };
 
 // Keys s .. s + KEYS of a row as bf16, those before `end`, zeros after it and behind their width.
@@ -100,12 +102,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_latents(
 #pragma unroll
         for (int i = 0; i < 4; i++) sums[j][i] = 0;
 
-    // Eight threads have a query's scores, its maximum and its total.
+    // Eight threads have a query's scores.
     const int lane = threadIdx.x / 8, first_key = threadIdx.x % 8 * (KEYS / 8);
-    const i64 position = row.start + (first_lane + lane) / heads;
-    const int first_seen = lane < used ? (int)max((i64)0, reach(position, window, chunk) - row.first) : end;
-    const int last_seen = (int)min((i64)end, position + 1 - row.first) - 1;
-    float top = NOTHING, total = 0;
+    for (int i = threadIdx.x; i < LANES; i += THREADS) {
+        i64 position = row.start + (first_lane + i) / heads;
+        shared.first_seen[i] = i < used ? (int)max((i64)0, reach(position, window, chunk) - row.first) : end;
+        shared.last_seen[i] = (int)min((i64)end, position + 1 - row.first) - 1;
+        shared.top[i] = NOTHING;
+        shared.total[i] = 0;
+    }
+    __syncthreads();
 
     if (begin < end) load_tile(row, r, begin, end, x, x_slot, x_entry, x_head, size, aligned, pages, pages_per_row, shared.keys[0]);
     int turn = 0;
@@ -131,7 +137,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_latents(
         }
         __syncthreads();
 
-        float scores[KEYS / 8], most = top, sum = 0;
+        float scores[KEYS / 8], top = shared.top[lane], most = top, sum = 0;
+        int first_seen = shared.first_seen[lane], last_seen = shared.last_seen[lane];
 #pragma unroll
         for (int i = 0; i < KEYS / 8; i++) {
             int key = first_key + i;
@@ -151,15 +158,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_latents(
             *(u32 *)(shared.p + lane * P_STRIDE + first_key + i) = bf16_pair(a, b);
         }
         for (int step = 4; step; step >>= 1) sum += __shfl_xor_sync(FULL, sum, step);
-        total = total * shrink + sum;
-        top = most;
-        if (threadIdx.x % 8 == 0) shared.shrink[lane] = shrink;
+        if (threadIdx.x % 8 == 0) {
+            shared.top[lane] = most;
+            shared.total[lane] = shared.total[lane] * shrink + sum;
+            shared.shrink[lane] = shrink;
+        }
         __syncthreads();
 
         float upper = shared.shrink[tile * 16 + group], lower = shared.shrink[tile * 16 + group + 8];
 #pragma unroll
         for (int j = 0; j < COLUMNS / 8; j++) sums[j][0] *= upper, sums[j][1] *= upper, sums[j][2] *= lower, sums[j][3] *= lower;
-#pragma unroll
+#pragma unroll 1
         for (int step = 0; step < KEYS / 16; step++) {
             const u16 *from = shared.p + (tile * 16 + group) * P_STRIDE + step * 16 + pair * 2;
             u32 left[4] = {*(const u32 *)from, *(const u32 *)(from + 8 * P_STRIDE), *(const u32 *)(from + 8),
@@ -175,11 +184,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_latents(
         }
     }
 
-    // A query's part: its maximum, its total, then its sums.
+    // A query's part: its maximum, its total, then its sums. The plan is read anew: registers are few meanwhile.
+    const i64 first_record = row_of_plan(plan, r).query * heads + first_lane;
     if (threadIdx.x % 8 == 0 && lane < used) {
-        float *record = partial + ((row.query * heads + first_lane + lane) * splits + split) * (LATENT + 2);
-        record[0] = top;
-        record[1] = total;
+        float *record = partial + ((first_record + lane) * splits + split) * (LATENT + 2);
+        record[0] = shared.top[lane];
+        record[1] = shared.total[lane];
     }
     if (begin >= end) return;
 #pragma unroll
@@ -188,6 +198,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_latents(
         for (int i = 0; i < 4; i++) {
             int mine = tile * 16 + group + (i >> 1) * 8, n = quarter * COLUMNS + j * 8 + pair * 2 + (i & 1);
             if (mine < used && n < LATENT)
-                partial[((row.query * heads + first_lane + mine) * splits + split) * (LATENT + 2) + 2 + n] = sums[j][i];
+                partial[((first_record + mine) * splits + split) * (LATENT + 2) + 2 + n] = sums[j][i];
         }
 }
