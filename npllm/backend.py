@@ -88,6 +88,9 @@ class Backend:
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "float64")
     quantizations: ClassVar[tuple[str, ...]] = ()
 
+    # Prompt tokens of a step, where npllm.generation's own number does not suit.
+    prompt_tokens: ClassVar[int | None] = None
+
     # Whether it can compute with weights that stay on disk.
     on_disk: ClassVar[bool] = True
 

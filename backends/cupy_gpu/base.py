@@ -58,6 +58,7 @@ class Base(Backend):
     dtypes: ClassVar[tuple[str, ...]] = ("stored", "float32", "bfloat16", "float64")
     quantizations: ClassVar[tuple[str, ...]] = ("q8", "q4")
     on_disk: ClassVar[bool] = False
+    prompt_tokens: ClassVar[int | None] = 4096
 
     def __init__(self, dtype: str | None = None, **options: Any) -> None:
         super().__init__(dtype, **options)

@@ -80,6 +80,11 @@ class Matrix:
         return self._words[3]
 
     @property
+    def rows_of_bytes(self) -> Array:
+        """The device's bytes of a single matrix, [F, bytes of a row with what is behind its end]."""
+        return self._data.reshape(-1, self._words[3])
+
+    @property
     def nbytes(self) -> int:
         return int(self._data.nbytes) + (0 if self._factors is None else int(self._factors.nbytes))
 
