@@ -1,4 +1,4 @@
-"""Kernels compiled for GPUs where none is: by NVRTC (package nvidia-cuda-nvrtc, through CuPy) or nvcc, whichever is there."""
+"""Kernels compiled for GPUs where none is: by NVRTC (package nvidia-cuda-nvrtc, through CuPy) or nvcc."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from npllm.backends.cupy_gpu.attention import LANES, TILE_WIDTHS
 from npllm.backends.cupy_gpu.latent import TILES
-from npllm.backends.cupy_gpu.matrix import FORMATS
+from npllm.backends.cupy_gpu.matrix import FORMATS, PER_VECTOR
 from npllm.backends.cupy_gpu.sources import source
 
 ARCHITECTURES = (80, 90, 100)
@@ -40,11 +40,12 @@ def variants() -> dict[str, list[dict[str, int]]]:
     heads = sorted(TILE_WIDTHS, key=lambda width: abs(width - 128))
     wide = [stored | {"HEAD": h, "VALUES": h, "CAPPED": c} for stored, h, c in product(kept, heads, (0, 1))]
     latent = [stored | {"WIDTH": 576, "LATENT": 512, "HEAD_TILES": t} for stored, t in product(kept, TILES)]
+    absorbed = [{"FORMAT": FORMATS[name], "TOKENS": min(4, 32 // PER_VECTOR[name])} for name in ("bf16", *FORMATS)]
     return {
         "gemv.cu": few, "gemv_gated.cu": few, "gemv_activated.cu": few, "gemm.cu": tiles, "attention.cu": splits,
         "attention_tiles.cu": wide, "norms.cu": [{"WIDE": 1}, {"WIDE": 0}], "rope.cu": [{}], "embed.cu": by_format,
         "widen.cu": by_format, "append.cu": kept, "elementwise.cu": [{}], "latent.cu": [{}],
-        "absorb.cu": [{"FORMAT": f, "TOKENS": t} for f, t in product(formats, (1, 8))], "latent_attention.cu": latent,
+        "absorb.cu": absorbed, "latent_attention.cu": latent,
         "moe_few.cu": [{"FORMAT": f, "TOKENS": 1, "ROWS": r} for f, r in product(formats, (2, 4))], "moe_many.cu": tiles,
         "moe_plan.cu": [{}], "route.cu": [{}], "sample.cu": [{"N": 151936}],
     }  # fmt: skip
