@@ -15,7 +15,7 @@ from npllm.arrays import Array
 from npllm.backend import accelerates
 from npllm.backends.cupy_gpu.attention import BF16, F32, Attention
 from npllm.backends.cupy_gpu.base import THREADS, groups
-from npllm.backends.cupy_gpu.device import Out
+from npllm.backends.cupy_gpu.device import Argument, Out
 from npllm.backends.cupy_gpu.matrix import FORMATS, PER_VECTOR, Matrix
 from npllm.backends.cupy_gpu.products import STAGED_BYTES, Products, unprepared
 from npllm.blocks.masks import Mask
@@ -108,7 +108,7 @@ class Latents(Attention, Products):
         tokens = self._tokens(M, matrix)
         defines = {"FORMAT": FORMATS[matrix.format], "TOKENS": tokens}
         grid = (H, groups(L, ACROSS * PER_VECTOR[matrix.format]), groups(M, tokens))
-        args = (q_MHF, M, H, nope, turning, matrix.structure, Out(q_MHK))
+        args: tuple[Argument, ...] = (q_MHF, M, H, nope, turning, matrix.structure, Out(q_MHK))
         self.launch("absorb.cu", "absorb", defines, grid, PRODUCT_THREADS, args)
         if self.dtype == "float32":
             partial, splits = self.plain(self.attention(q_MHK, keys, rows, mask=mask, scale=scale)), 0

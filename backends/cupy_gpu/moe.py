@@ -8,7 +8,7 @@ from __future__ import annotations
 from npllm.arrays import Array
 from npllm.backend import accelerates
 from npllm.backends.cupy_gpu.base import ACTIVATIONS, THREADS, groups
-from npllm.backends.cupy_gpu.device import Out
+from npllm.backends.cupy_gpu.device import Argument, Out
 from npllm.backends.cupy_gpu.matrix import FORMATS, Matrix
 from npllm.backends.cupy_gpu.products import FEW, STAGED_BYTES, TILE, WARPS, WIDE_TILE, Products
 from npllm.weights import Experts
@@ -63,7 +63,7 @@ class Mixtures(Products):
         before, after = (weight_MC, None) if on_input else (None, weight_MC)
         defines = {"FORMAT": FORMATS[gate.format], "TOKENS": 1, "ROWS": HIDDEN_ROWS}
         grid = (M * C, groups(F, WARPS * HIDDEN_ROWS // 2), 1)
-        args = (x_MD, D, C, E, index_MC, before, gate.structure, up.structure, act, Out(hidden_NF))
+        args: tuple[Argument, ...] = (x_MD, D, C, E, index_MC, before, gate.structure, up.structure, act, Out(hidden_NF))
         self.launch("moe_few.cu", "moe_hidden_few", defines, grid, WARPS * 32, args, STAGED_BYTES)
         defines = {"FORMAT": FORMATS[down.format], "TOKENS": 1, "ROWS": SAID_ROWS}
         args = (hidden_NF, C, E, index_MC, after, down.structure, Out(y_MD))
@@ -84,7 +84,7 @@ class Mixtures(Products):
         before, after = (weight_MC, None) if on_input else (None, weight_MC)
         hidden_NF, said_ND = self.empty(tiles * tile, F), self.empty(M * C, D)
         defines = {"FORMAT": FORMATS[gate.format], "TILE": tile, "TENSOR": int(tensor[0])}
-        args = (x_MD, D, C, order, owners, before, gate.structure, up.structure, act, Out(hidden_NF))
+        args: tuple[Argument, ...] = (x_MD, D, C, order, owners, before, gate.structure, up.structure, act, Out(hidden_NF))
         self.launch("moe_many.cu", "moe_hidden_many", defines, (groups(2 * F, tile), tiles, 1), 2 * tile, args)
         defines = {"FORMAT": FORMATS[down.format], "TILE": tile, "TENSOR": int(tensor[1])}
         args = (hidden_NF, order, owners, down.structure, Out(said_ND))
