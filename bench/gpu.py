@@ -3,6 +3,7 @@
 machine    read bandwidth (a kernel that reads 4 GiB and adds) and bf16 matmul rate (8192 cubed, by cuBLAS);
 decode     tokens per second and weight bytes per second of Qwen3 shapes, batch 1 and 8, and what the host does per token;
 prefill    4096 tokens at once, arithmetic over the matmul rate;
+mixture    the same of Qwen3-30B-A3B, by the bytes of the experts that a token is given;
 layers     mixtures and latent attention by the layer (bench.gpu_layers);
 peers      transformers in the same process on the same weights, eager and compiled, where PyTorch is installed.
 
@@ -40,6 +41,13 @@ QWEN3_8B: dict[str, Any] = {
     "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
     "tie_word_embeddings": False, "max_position_embeddings": 40960,
+}  # fmt: skip
+
+QWEN3_30B: dict[str, Any] = {
+    "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
+    "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+    "tie_word_embeddings": False, "max_position_embeddings": 40960, "num_experts": 128, "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768, "norm_topk_prob": True,
 }  # fmt: skip
 
 MODELS = {"Qwen3-0.6B": SHAPES["qwen3-0.6b"], "Qwen3-8B": QWEN3_8B}
@@ -93,11 +101,12 @@ def measured(cupy: Any) -> Machine:
     blocks = 8 * cupy.cuda.Device().attributes["MultiProcessorCount"]
     reading = [_elapsed(cupy, lambda: kernel((blocks,), (512,), (memory, memory.nbytes // 16, out))) for _ in range(10)]
     bandwidth = memory.nbytes / min(reading)
-    del memory, block
     import ml_dtypes
 
     size = 8192
-    a, b = (cupy.random.default_rng(i).standard_normal((size, size), dtype="float32").astype(ml_dtypes.bfloat16) for i in (1, 2))
+    a, b = (
+        cupy.random.default_rng(i).standard_normal((size, size), dtype="float32").astype(ml_dtypes.bfloat16) for i in (1, 2)
+    )
     multiplying = [_elapsed(cupy, lambda: a @ b) for _ in range(10)]
     return Machine(bandwidth, 2 * size**3 / min(multiplying))
 
@@ -122,9 +131,12 @@ def random_model(be: Any, values: dict[str, Any], name: str) -> LLM:
 def random_handles(spec: Spec) -> dict[str, Handle]:
     made: dict[str, Handle] = {}
     for name, tensor in spec.items():
-        if tensor.alias is None:
-            weight = gpu_layers.stored(name, tensor.shape, 1.0 if tensor.part == "norm" else tensor.shape[-1] ** -0.5)
-            made[name] = Stack(name, tuple(weight[e] for e in range(len(weight)))) if tensor.forms else weight
+        if tensor.alias is not None:
+            continue
+        # Experts are copies of one: each has memory of its own on the GPU.
+        shape = tensor.shape[1:] if tensor.forms else tensor.shape
+        weight = gpu_layers.stored(name, shape, 1.0 if tensor.part == "norm" else shape[-1] ** -0.5)
+        made[name] = Stack(name, (weight,) * tensor.shape[0]) if tensor.forms else weight
     return made
 
 
@@ -191,6 +203,17 @@ def peers(this: Run, llm: LLM) -> Iterator[Figure]:
         del peer
 
 
+def mixture(this: Run) -> Iterator[Figure]:
+    """A whole mixture, all layers of which fit into 80 GiB."""
+    name, smaller = "Qwen3-30B-A3B", TINY | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    llm = random_model(this.be, QWEN3_30B | (smaller if this.tiny else {}), name)
+    tokens = rate(this, llm, 1)
+    size = counting.active_bytes(llm.config, llm.model.spec, llm.config.router.experts_per_token)
+    shown = f"{tokens:.0f} tokens/s, {size * tokens / 1e12:.2f} TB/s"
+    speed = size * tokens / this.machine.bandwidth
+    yield Figure(f"{name} decode: active bytes per second / read bandwidth", speed, 0.6, shown=shown)
+
+
 def layers(this: Run) -> Iterator[Figure]:
     if this.tiny:
         yield from gpu_layers.mixture(this.be, gpu_layers.TINY_MIXTURE, this.machine.bandwidth, 1)
@@ -236,6 +259,8 @@ def collected(this: Run, words: list[str]) -> tuple[list[Figure], dict[str, str]
             group(f"{name} {part.__name__}", lambda part=part, llm=llm: part(this, llm))
         del llm
         this.be.device.release()
+    group("mixture", lambda: mixture(this))
+    this.be.device.release()
     group("layers", lambda: layers(this))
     return figures, failures
 

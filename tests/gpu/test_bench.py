@@ -14,7 +14,9 @@ pytest.importorskip("numba")
 from bench import gpu
 from tests.gpu.emulator import EmulatedBackend
 
-needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the kernels for the CPU, and is not installed")
+needs_gxx = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="g++ compiles the kernels for the CPU, and is not installed"
+)
 
 
 @needs_gxx
@@ -23,7 +25,7 @@ def test_every_group_runs() -> None:
     this = gpu.Run(EmulatedBackend("bfloat16"), gpu.Machine(1e12, 1e14), 1, 3, 20, models, True)
     figures, failures = gpu.collected(this, [])
     assert set(failures) <= {f"{name} peers" for name in models}, failures
-    assert len(figures) == 4 + 2 + 4
+    assert len(figures) == 4 + 1 + 2 + 4
     assert all(figure.value > 0 for figure in figures)
     shown = gpu.table(gpu.written(this, figures, failures, {}))
     assert "| Qwen3-8B tiny decode, batch 8 / batch 1 | at least 6 |" in shown
