@@ -40,6 +40,12 @@ MOST_SPLITS = 64
 WIDEST = 640
 
 
+def shared_bytes(width: int, tiles: int) -> int:
+    """The size of struct Shared of latent_attention.cu."""
+    queries = tiles * QUERIES
+    return 4 * KEYS * (groups(width, 64) * 64 + 8) + queries * (16 * (KEYS + 4) + 2 * (KEYS + 8) + 20)
+
+
 def not_latents(be: Products, keys: Keys, w: Linear) -> str | None:
     """Why kernels cannot attend to these."""
     x_BSGK = keys.k_BSGK
@@ -126,7 +132,8 @@ class Latents(Attention, Products):
         """Attention on tensor cores -> what each part of the keys gives [M, H, parts, L + 2], and how many there are."""
         x_BSGK, (M, H, width) = keys.k_BSGK, q_MHK.shape
         lanes = max(rows.counts) * H
-        tiles = next((each for each in TILES if each * QUERIES >= lanes), TILES[-1])
+        fitting = [each for each in TILES if shared_bytes(width, each) <= self.device.shared_limit]
+        tiles = next((each for each in fitting if each * QUERIES >= lanes), fitting[-1])
         blocks = groups(lanes, tiles * QUERIES)
         splits = min(MOST_SPLITS, self._splits(keys, len(rows.counts) * blocks))
         partial = self.empty(M, H, splits, latent + 2)
@@ -138,11 +145,8 @@ class Latents(Attention, Products):
             self.plan(keys, rows), *self._pages(keys), q_MHK, H, x_BSGK, *(step // x_BSGK.itemsize for step in steps),
             max(1, x_BSGK.shape[1]), int(aligned), mask.window or 0, mask.chunk or 0, float(scale), Out(partial),
         )  # fmt: skip
-        # struct Shared of latent_attention.cu.
-        stride, queries = groups(width, 64) * 64 + 8, tiles * QUERIES
-        shared = 2 * KEYS * stride * 2 + 4 * queries * (KEYS + 4) * 4 + queries * (KEYS + 8) * 2 + queries * 20
         grid = (splits, blocks, len(rows.counts))
-        self.launch("latent_attention.cu", "attend_latents", defines, grid, 128 * tiles, args, shared)
+        self.launch("latent_attention.cu", "attend_latents", defines, grid, 128 * tiles, args, shared_bytes(width, tiles))
         return partial, splits
 
     def _tokens(self, tokens: int, matrix: Matrix) -> int:

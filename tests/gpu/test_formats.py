@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 from typing import Any
 
@@ -14,6 +15,8 @@ if shutil.which("g++") is None:
 from npllm import grouped
 from npllm.arrays import Array
 from npllm.backend import Backend
+from npllm.backends.cupy_gpu.latent import TILES, shared_bytes
+from npllm.backends.cupy_gpu.sources import source
 from npllm.blocks.dtypes import round_to_bfloat16
 from npllm.blocks.masks import CAUSAL
 from npllm.cache import Keys, Rows
@@ -22,6 +25,7 @@ from npllm.testing import compare
 from npllm.weights import Experts, Linear
 from tests.compare import LIMITS
 from tests.gpu.emulator import EmulatedBackend
+from tests.gpu.emulator.device import built
 
 # Queries, keys, values, the softmax's weights and kv_b's products are rounded to bf16, each by up to 2^-9.
 COARSE = compare.Limit(1e-2, 3e-2, "five roundings of 2^-9 in sums of some ten terms")
@@ -130,3 +134,12 @@ def test_the_same_bits_every_time() -> None:
         first, *others = (run(EmulatedBackend("stored"), weights, x, index, weight, "output") for _ in range(3))
         for other in others:
             np.testing.assert_array_equal(first, other)
+
+
+@pytest.mark.parametrize("tiles", TILES)
+def test_shared_memory_is_what_the_kernel_lays_out(tiles: int) -> None:
+    device = EmulatedBackend("stored").device
+    macros = {"STORED": 2, "WIDTH": 576, "LATENT": 512, "HEAD_TILES": tiles}
+    text = device.header + "".join(f"#define {name} {value}\n" for name, value in macros.items())
+    text += source("latent_attention.cu") + 'extern "C" int size() { return sizeof(Shared); }\n'
+    assert ctypes.CDLL(str(built("size", text, str(device.runtime)))).size() == shared_bytes(576, tiles)
