@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -15,7 +14,6 @@ from npllm.backends.cupy_gpu.matrix import FORMATS, Matrix, padded_bytes
 from npllm.cache import Keys, Rows
 from npllm.errors import MemoryLimitError
 from npllm.handles import Handle, Stack, Weight
-from npllm.machine import gibibytes
 from npllm.weights import Linear, Tensor
 
 # Parts of a model whose tensors are vectors or small factors: they are widened to float32, whatever they are stored in.
@@ -157,8 +155,7 @@ class Base(Backend):
         shared: int = 0,
     ) -> None:  # fmt: skip
         """Run a kernel of kernels/`file`, compiled with these macros, after all that was launched before."""
-        kernel = _kernel(self.device, file, name, tuple(sorted(defines.items())))
-        self.device.launch(kernel, grid, block, args, shared)
+        self.device.launch(self.device.kernel(file, name, defines), grid, block, args, shared)
 
     def plan(self, keys: Keys, rows: Rows) -> Array:
         """What kernels need to know of each row of a step: int64 [rows, PLAN]."""
@@ -183,15 +180,3 @@ class Base(Backend):
         """A gain or bias as an argument, or None."""
         vector = None if params is None else getattr(params, field)
         return None if vector is None else Fixed(self.plain(vector))
-
-
-@functools.cache
-def _kernel(device: Device, file: str, name: str, defines: tuple[tuple[str, int], ...]) -> Any:
-    return device.kernel(file, name, dict(defines))
-
-
-def too_big(needed: int, available: int) -> MemoryLimitError:
-    """What is said where memory of the GPU runs out."""
-    return MemoryLimitError(
-        f"the GPU's memory is full: {gibibytes(needed)} more were asked for, {gibibytes(available)} is free"
-    )

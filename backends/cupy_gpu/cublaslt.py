@@ -71,16 +71,26 @@ def alignment(*addresses: int) -> int:
 
 
 def load() -> c.CDLL | None:
-    """The library that CuPy would load, or None where there is none."""
+    """The library that CuPy would load, or None where there is none, or none that works with this GPU's driver."""
+    library, handle = find(), c.c_void_p()
+    if library is None or library.cublasLtCreate(c.byref(handle)):
+        return None
+    library.cublasLtDestroy(handle)
+    return library
+
+
+def find() -> c.CDLL | None:
+    """The library, or None where it is not installed."""
+    names = ["libcublasLt.so.13", "libcublasLt.so.12"]
     try:
         from cuda.pathfinder import load_nvidia_dynamic_lib
 
-        return c.CDLL(load_nvidia_dynamic_lib("cublasLt").abs_path)
+        names.insert(0, load_nvidia_dynamic_lib("cublasLt").abs_path or names[0])
     except (ImportError, OSError, RuntimeError):
         pass
-    for version in (13, 12):
+    for name in names:
         try:
-            return c.CDLL(f"libcublasLt.so.{version}")
+            return c.CDLL(name)
         except OSError:
             continue
     return None

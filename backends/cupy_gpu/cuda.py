@@ -14,7 +14,6 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from npllm.backends.cupy_gpu import cublaslt
 from npllm.backends.cupy_gpu.device import Argument, CannotCaptureError, Device, Grid, Kernel, Memory, Packed
 from npllm.backends.cupy_gpu.sources import source
 from npllm.errors import BackendError, MemoryLimitError, NotInstalledError
-from npllm.machine import gibibytes
+from npllm.machine import cache_root, gibibytes
 
 # The least compute capability: cp.async and bf16 products.
 LEAST_ARCHITECTURE = 80
@@ -37,6 +36,8 @@ STAGING = 32 << 20
 PROGRAMMATIC_STREAM_SERIALIZATION = 6
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 SHARED_WITHOUT_ASKING = 48 * 1024
+
+DIGEST_BYTES = 16
 
 INSTALL = "pip install 'npllm[cuda13]' (or 'npllm[cuda12]' for a driver below 580)"
 
@@ -138,32 +139,32 @@ def compile_cubin(text: str, name: str, architecture: int, defines: Sequence[tup
         nvrtc.destroyProgram(program)
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: NPLLM_CACHE, else under XDG_CACHE_HOME, else under ~/.cache."""
-    given = os.environ.get("NPLLM_CACHE")
-    base = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "npllm"
-    return base / "cuda"
-
-
 def cubin(file: str, architecture: int, defines: tuple[tuple[str, int], ...], compiler: str) -> bytes:
-    """A compiled file, from the cache where it has been compiled before: for this text, architecture and compiler."""
-    text = source(file)
-    key = hashlib.blake2b(f"{text}\0{architecture}\0{defines}\0{compiler}".encode(), digest_size=16).hexdigest()
-    path = cache_folder() / f"{file.removesuffix('.cu')}-{key}.cubin"
-    try:
+    """A compiled file, from the cache where it has been compiled before: for this text, architecture and compiler.
+
+    A file of the cache begins with a digest of what follows: one that is damaged counts as missing.
+    """
+    text, root = source(file), cache_root()
+    key = _digest(f"{text}\0{architecture}\0{defines}\0{compiler}".encode()).hex()
+    if root is None:
+        return compile_cubin(text, file, architecture, defines)
+    path = root / "cuda" / f"{file.removesuffix('.cu')}-{key}.cubin"
+    with contextlib.suppress(OSError):
         stored = path.read_bytes()
-        if hashlib.blake2b(stored[16:], digest_size=16).digest() == stored[:16]:
-            return stored[16:]
-    except OSError:
-        pass
+        if _digest(stored[DIGEST_BYTES:]) == stored[:DIGEST_BYTES]:
+            return stored[DIGEST_BYTES:]
     made = compile_cubin(text, file, architecture, defines)
     # A folder that cannot be written costs time, nothing else.
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
-        partial.write_bytes(hashlib.blake2b(made, digest_size=16).digest() + made)
+        partial.write_bytes(_digest(made) + made)
         partial.replace(path)
     return made
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
 class CudaGraph:
@@ -193,7 +194,7 @@ class Cuda(Device):
         self.capturing = False
         self._driver = driver_library()
         self._staging = Staging(self.cupy)
-        self._modules: dict[tuple[Any, ...], Any] = {}
+        self._kernels: dict[tuple[Any, ...], Kernel] = {}
         runtime = self.cupy.cuda.runtime
         from cupy_backends.cuda.libs import nvrtc
 
@@ -216,23 +217,24 @@ class Cuda(Device):
 
     def mapped(self, array: Array) -> Array:
         array = np.ascontiguousarray(array)
-        memory = self.cupy.cuda.alloc_pinned_memory(max(1, array.nbytes))
+        memory: Any = self.cupy.cuda.alloc_pinned_memory(max(1, array.nbytes))
+        pointer = int(memory.ptr)
         np.frombuffer(memory, np.uint8, array.nbytes)[:] = array.reshape(-1).view(np.uint8)
         # Pinned memory has the same address on the GPU (unified addressing).
-        whole = self.cupy.cuda.UnownedMemory(memory.ptr, max(1, array.nbytes), memory, self.cupy.cuda.Device().id)
+        whole = self.cupy.cuda.UnownedMemory(pointer, max(1, array.nbytes), memory, self.cupy.cuda.Device().id)
         return self.cupy.ndarray(array.shape, array.dtype, self.cupy.cuda.MemoryPointer(whole, 0))
 
-    def address(self, array: Array) -> int:
+    def address(self, array: Any) -> int:
         return int(array.data.ptr)
 
     def kernel(self, file: str, name: str, defines: Mapping[str, int]) -> Kernel:
         macros = tuple(sorted(defines.items()))
-        key = file, macros
-        if key not in self._modules:
+        key = file, name, macros
+        if key not in self._kernels:
             module = self.cupy.cuda.function.Module()
             module.load(cubin(file, self.architecture, macros, self.compiler))
-            self._modules[key] = module
-        return Kernel(file, name, macros, self._modules[key].get_function(name))
+            self._kernels[key] = Kernel(file, name, macros, module.get_function(name))
+        return self._kernels[key]
 
     def launch(self, kernel: Kernel, grid: Grid, block: int, args: Iterable[Argument], shared: int = 0) -> None:
         packed = Packed(args, self.address)
@@ -261,7 +263,8 @@ class Cuda(Device):
         stream = self.cupy.cuda.Stream()
         self.cupy.cuda.get_current_stream().synchronize()
         with stream, self.cupy.cuda.using_allocator(pool.malloc), self._memory_errors():
-            stream.begin_capture(self.cupy.cuda.runtime.streamCaptureModeThreadLocal)
+            # Relaxed: the pool may have to ask for memory meanwhile.
+            stream.begin_capture(self.cupy.cuda.runtime.streamCaptureModeRelaxed)
             self.capturing = True
             try:
                 result = function()
@@ -340,7 +343,7 @@ class Staging:
         self.turn = 0
         self.lock = threading.Lock()
 
-    def copy(self, target: Array, values: Array) -> None:
+    def copy(self, target: Any, values: Array) -> None:
         """`values`, contiguous, into contiguous `target`, in the order of the current stream."""
         flat = values.reshape(-1).view(np.uint8) if values.size else np.empty(0, np.uint8)
         runtime, stream = self.cupy.cuda.runtime, self.cupy.cuda.get_current_stream()
@@ -349,13 +352,14 @@ class Staging:
                 memory, event = self._piece()
                 part = flat[begin : begin + STAGING]
                 event.synchronize()
+                pointer = int(memory.ptr)
                 np.frombuffer(memory, np.uint8, part.size)[:] = part
-                runtime.memcpyAsync(target.data.ptr + begin, memory.ptr, part.size, runtime.memcpyHostToDevice, stream.ptr)
+                runtime.memcpyAsync(target.data.ptr + begin, pointer, part.size, runtime.memcpyHostToDevice, stream.ptr)
                 event.record(stream)
 
     def _piece(self) -> tuple[Any, Any]:
         while len(self.pieces) < 2:
-            memory = self.cupy.cuda.alloc_pinned_memory(STAGING)
+            memory: Any = self.cupy.cuda.alloc_pinned_memory(STAGING)
             self.pieces.append((memory, self.cupy.cuda.Event(block=False, disable_timing=True)))
         self.turn = 1 - self.turn
         return self.pieces[self.turn]

@@ -1,4 +1,4 @@
-"""transformers on the GPU, in the process and on the weights of a model of the CuPy backend: nothing is copied but the norms.
+"""transformers on the GPU, in the process and on the weights of a model of the CuPy backend: only norms are copied.
 
 `compiled` is `torch.compile(mode="reduce-overhead")` with a static cache: PyTorch's own CUDA graphs.
 """
@@ -42,7 +42,9 @@ class TransformersGpu:
         if missing:
             raise RuntimeError(f"transformers has no weights for {missing[0]}")
         self.model, self.compiled, self.vocabulary = model, compiled, c.vocab_size
-        self.forward: Any = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True) if compiled else model.forward
+        self.forward: Any = (
+            torch.compile(model.forward, mode="reduce-overhead", fullgraph=True) if compiled else model.forward
+        )
 
     def _cache(self) -> Any:
         if not self.compiled:

@@ -13,7 +13,9 @@ VARIANTS = variants()
 # Bytes that a thread may spill: a few words around a loop cost nothing, a loop that works on spilled numbers does.
 SPILLED = 64
 
-needs_compiler = pytest.mark.skipif(not compiler(), reason="neither NVRTC (nvidia-cuda-nvrtc with CuPy) nor nvcc is installed")
+needs_compiler = pytest.mark.skipif(
+    not compiler(), reason="neither NVRTC (nvidia-cuda-nvrtc with CuPy) nor nvcc is installed"
+)
 
 
 def test_all_files_are_here() -> None:

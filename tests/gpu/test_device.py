@@ -1,4 +1,4 @@
-"""What stands between the backend and a GPU: what is said where there is none, the driver's structures, the cache of code."""
+"""What stands between the backend and a GPU: what is said where there is none, the driver's structures, kept code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from npllm.errors import BackendError, MemoryLimitError, NotInstalledError
 from npllm.registry import get_backend
 
 
-class Refused(RuntimeError):
+class RefusedError(RuntimeError):
     """What CuPy's runtime raises."""
 
 
@@ -30,12 +30,12 @@ def pretended(error: str = "", *, count: int = 1, capability: str = "90") -> Any
 
     def count_devices() -> int:
         if error:
-            raise Refused(error)
+            raise RefusedError(error)
         return count
 
     runtime = SimpleNamespace(
         getDeviceCount=count_devices,
-        CUDARuntimeError=Refused,
+        CUDARuntimeError=RefusedError,
         runtimeGetVersion=lambda: 13000,
         driverGetVersion=lambda: 12040,
     )

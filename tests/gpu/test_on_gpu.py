@@ -42,7 +42,7 @@ def unusable() -> str:
     return ""
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def needs_gpu() -> None:
     if unusable():
         pytest.skip(unusable())
@@ -76,7 +76,11 @@ def test_a_model_on_two_backends(architecture: str, data: st.DataObject) -> None
     rows = [data.draw(ids) for _ in range(data.draw(st.integers(1, 3)))]
     cuts = data.draw(our.cuts(len(rows[0])))
     limit = "reordered Gemma 3n" if architecture == "gemma3n_text" else "turned keys" if kv_dtype else "reordered"
-    for way in (lambda llm: llm.forward(rows[0])[0], lambda llm: in_pieces(llm, rows[0], cuts), lambda llm: ragged(llm, rows)):
+    for way in (
+        lambda llm: llm.forward(rows[0])[0],
+        lambda llm: in_pieces(llm, rows[0], cuts),
+        lambda llm: ragged(llm, rows),
+    ):
         agree(way(ours), way(theirs), limit)
 
 
@@ -102,7 +106,7 @@ def test_truth(name: str) -> None:
     assert output.tokens == want["greedy"][0].tolist()
 
 
-# -- ring 1: what must hold ---------------------------------------------------------------------------------------------------
+# -- ring 1: what must hold -----------------------------------------------------------------------------------------------
 
 
 def random_model(name: str, be: Backend) -> LLM:
