@@ -71,6 +71,10 @@ PREDICTED = {
     "Qwen3-0.6B decode / transformers compiled": 2.5,
     "Qwen3-8B decode / transformers eager": 2.3,
     "Qwen3-8B decode / transformers compiled": 1.3,
+    "Qwen3-30B-A3B decode: active bytes per second / read bandwidth": 0.68,
+    "Qwen3-30B-A3B: experts' bytes per second / bandwidth, batch 1": 0.75,
+    "DeepSeek-V2-Lite, decode at 8192, batch 32: bytes per second / bandwidth": 0.75,
+    "DeepSeek-V3, decode at 8192, batch 32: arithmetic / matmul rate": 0.4,
 }
 
 READ = r"""

@@ -39,6 +39,11 @@ def test_figures_that_were_predicted_are_measured() -> None:
         names |= {f"{name} decode, tokens/s", f"{name} decode: weight bytes per second / read bandwidth"}
         names |= {f"{name} decode, batch 8 / batch 1", f"{name} prefill of 4096: arithmetic / matmul rate"}
         names |= {f"{name} decode / transformers {kind}" for kind in ("eager", "compiled")}
+    experts, latents = gpu.gpu_layers.QWEN3_30B, (gpu.gpu_layers.V2_LITE, gpu.gpu_layers.V3)
+    names |= {f"{experts.name} decode: active bytes per second / read bandwidth"}
+    names |= {f"{experts.name}: experts' bytes per second / bandwidth, batch {batch}" for batch in experts.batches}
+    for name, batch in ((f"{of.name}, decode at {of.context}, batch", batch) for of in latents for batch in of.layers):
+        names |= {f"{name} {batch}: bytes per second / bandwidth", f"{name} {batch}: arithmetic / matmul rate"}
     assert gpu.PREDICTED.keys() <= names
 
 
