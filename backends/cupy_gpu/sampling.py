@@ -30,7 +30,8 @@ SHARPEST = 1e300
 # Logits of a row at most: the kernel adds masses of up to 2^44.
 MOST_LOGITS = 1 << 19
 
-THREADS = 512
+# Of sample.cu: threads of a row; the parts, at most, in which its largest logit is looked for, and threads of each.
+THREADS, PARTS, PART_THREADS = 512, 64, 256
 
 
 def settings_of(samplers: Sequence[Sampler]) -> Array:
@@ -59,7 +60,10 @@ class Draws(Base):
         """Draw a token of each row into `tokens_W`, -1 where logits are not finite; all three lie on the device."""
         W, N = logits_WN.shape
         if W:
-            args = (self.plain(logits_WN), settings_WS, Out(tokens_W))
+            parts = max(1, min(PARTS, N // (4 * PART_THREADS)))
+            logits_WN, tops = self.plain(logits_WN), self.empty(W, parts, dtype="uint64")
+            self.launch("sample.cu", "find_tops", {"N": N}, (parts, W, 1), PART_THREADS, (logits_WN, Out(tops)))
+            args = (logits_WN, tops, parts, settings_WS, Out(tokens_W))
             self.launch("sample.cu", "sample", {"N": N}, (W, 1, 1), THREADS, args)
 
     def taken(self, tokens_W: Array, samplers: Sequence[Sampler]) -> Drawn:

@@ -18,8 +18,8 @@ from npllm.errors import NumericsError
 from npllm.sampling import Sampler, Sampling
 from tests.gpu.emulator import EmulatedBackend
 
-# The kernel is compiled for a vocabulary: one that is no multiple of a warp, and one of a single token.
-SIZES = (1000, 1)
+# The kernel is compiled for a vocabulary: one read by fours, one that cannot be, and one of a single token.
+SIZES = (2300, 333, 1)
 
 WAYS = (
     {"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.05},
@@ -86,7 +86,7 @@ def test_any_settings(seed: int, kind: str, temperature: float, top_k: int, top_
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_finite(bad: float, temperature: float) -> None:
     logits_WN = logits("plain", 3, SIZES[0], 1)
-    logits_WN[1, 999] = bad
+    logits_WN[1, 2299] = bad
     tokens = drawn(logits_WN, samplers_of(Sampling(temperature=temperature), 3, SIZES[0]))
     assert tokens[1] == -1
     assert min(tokens[0], tokens[2]) >= 0

@@ -1,5 +1,5 @@
-// sample: a token of each row of logits [W, N], by temperature, top-k, top-p and min-p as npllm.sampling has them; a block a
-// row. N is a macro. A row that holds NaN or infinity gives the token -1.
+// sample: a token of each row of logits [W, N], by temperature, top-k, top-p and min-p as npllm.sampling has them. N is a macro.
+// A row that holds NaN or infinity gives the token -1. Many blocks find the largest logit of a row (`find_tops`), one draws.
 //
 // Nothing is sorted. A set of likeliest tokens is all above some logit, and of those equal to it the first few (`Kept`). A
 // mass is exp((x - max) / temperature) in whole units of 2^-44, so that sums are exact and the same in any order. `crossing`
@@ -10,6 +10,9 @@
 #define BINS 2048
 #define UNIT 44
 #define ALL 0x7fffffffu
+
+// Of a part of a row whose largest logit is found.
+#define PART_THREADS 256
 #define LARGEST 3.402823466e38f
 
 typedef unsigned long long u64;
@@ -39,6 +42,33 @@ __device__ __forceinline__ u32 key_of(float x) {
 }
 __device__ __forceinline__ float float_of(u32 key) {
     return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : 0u - key);
+}
+
+// `look(x, n)` at every logit of a row. A thread has several on their way: one block has to read all of them.
+template <class Look> __device__ __forceinline__ void each_logit(const float *logits, Look look) {
+    const int AHEAD = 4;
+#if N % 4 == 0
+    const float4 *fours = (const float4 *)logits;
+    for (int base = threadIdx.x; base < N / 4; base += AHEAD * THREADS) {
+        float4 x[AHEAD];
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) x[j] = fours[min(base + j * THREADS, N / 4 - 1)];
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            int n = (base + j * THREADS) * 4;
+            if (n < N) look(x[j].x, n), look(x[j].y, n + 1), look(x[j].z, n + 2), look(x[j].w, n + 3);
+        }
+    }
+#else
+    for (int base = threadIdx.x; base < N; base += AHEAD * THREADS) {
+        float x[AHEAD];
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) x[j] = logits[min(base + j * THREADS, N - 1)];
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++)
+            if (base + j * THREADS < N) look(x[j], base + j * THREADS);
+    }
+#endif
 }
 
 __device__ __forceinline__ u64 shuffled(u64 x, int lane) {
@@ -106,12 +136,11 @@ template <class Measure> __device__ __forceinline__ Crossing crossing(const Row 
         __syncthreads();
         for (int b = threadIdx.x; b < BINS; b += THREADS) bins[b] = 0;
         __syncthreads();
-        for (int n = threadIdx.x; n < N; n += THREADS) {
-            float x = row.logits[n];
+        each_logit(row.logits, [=](float x, int) {
             u32 key = key_of(x);
             u64 amount = low <= key && key <= high ? measure(x) : 0;
             if (amount) atomicAdd(&bins[bin_of(x, first, scale)], amount);
-        }
+        });
         __syncthreads();
         if (WARP == 0) {
             // The first lane has the largest logits.
@@ -162,31 +191,11 @@ template <class Measure> __device__ __forceinline__ int first_beyond(const Row &
 
 __device__ u64 mass_of(const Row &row, Kept kept) {
     u64 mine = 0;
-    for (int n = threadIdx.x; n < N; n += THREADS) {
-        float x = row.logits[n];
+    each_logit(row.logits, [&](float x, int) {
         if (key_of(x) >= kept.cut + (kept.ties != ALL)) mine += row.mass(x);
-    }
+    });
     u64 total = total_of(mine);
     return kept.ties == ALL ? total : total + kept.ties * row.mass(float_of(kept.cut));
-}
-
-// The largest logit and the first token that has it; whether all logits are finite.
-__device__ bool find_top(const float *logits, float &top, int &token) {
-    u64 best = 0, bad = 0;
-    for (int n = threadIdx.x; n < N; n += THREADS) {
-        float x = logits[n];
-        bad += !(fabsf(x) <= LARGEST);
-        best = max(best, (u64)key_of(x) << 32 | (u32)~n);
-    }
-    bad = total_of(bad);
-    for (int step = 16; step; step >>= 1) best = max(best, shuffled(best, LANE ^ step));
-    __syncthreads();
-    if (LANE == 0) parts[WARP] = best;
-    __syncthreads();
-    for (int w = 0; w < THREADS / 32; w++) best = max(best, parts[w]);
-    top = float_of((u32)(best >> 32));
-    token = (int)~(u32)best;
-    return bad == 0;
 }
 
 __device__ __forceinline__ int draw(const Row &row, const double *settings) {
@@ -216,12 +225,37 @@ __device__ __forceinline__ int draw(const Row &row, const double *settings) {
     return first_beyond(row, tie, [=](float x) { return (u64)(key_of(x) == at.key); });
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(const float *logits_WN, const double *settings_W, i64 *tokens_W) {
+// What is not a finite logit, among the largest ones.
+#define BROKEN (~(u64)0)
+
+// Of each part of a row, its largest logit's key and the first token that has it, as one number that is larger for a larger
+// logit and then for a lower token -> [W, parts].
+extern "C" __global__ void __launch_bounds__(PART_THREADS) find_tops(const float *logits_WN, u64 *tops) {
+    __shared__ u64 best_of_warps[PART_THREADS / 32];
     wait_for_inputs();
+    release_dependents();
+    const float *logits = logits_WN + (i64)blockIdx.y * N;
+    u64 best = 0;
+    for (int n = blockIdx.x * PART_THREADS + threadIdx.x; n < N; n += gridDim.x * PART_THREADS) {
+        float x = logits[n];
+        best = max(best, fabsf(x) <= LARGEST ? (u64)key_of(x) << 32 | (u32)~n : BROKEN);
+    }
+    for (int step = 16; step; step >>= 1) best = max(best, shuffled(best, LANE ^ step));
+    if (LANE == 0) best_of_warps[WARP] = best;
+    __syncthreads();
+    for (int w = 0; w < PART_THREADS / 32; w++) best = max(best, best_of_warps[w]);
+    if (threadIdx.x == 0) tops[blockIdx.y * gridDim.x + blockIdx.x] = best;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(
+    const float *logits_WN, const u64 *tops, i64 parts, const double *settings_W, i64 *tokens_W) {
+    wait_for_inputs();
+    release_dependents();
     const double *settings = settings_W + blockIdx.x * SETTINGS;
-    Row row = {logits_WN + (i64)blockIdx.x * N, 0.0f, settings[SHARPNESS]};
-    int token;
-    bool finite = find_top(row.logits, row.top, token);
-    if (finite && row.sharpness > 0.0) token = draw(row, settings);
-    if (threadIdx.x == 0) tokens_W[blockIdx.x] = finite ? token : -1;
+    u64 best = 0;
+    for (i64 part = 0; part < parts; part++) best = max(best, tops[blockIdx.x * parts + part]);
+    Row row = {logits_WN + (i64)blockIdx.x * N, float_of((u32)(best >> 32)), settings[SHARPNESS]};
+    int token = best == BROKEN ? -1 : (int)~(u32)best;
+    if (best != BROKEN && row.sharpness > 0.0) token = draw(row, settings);
+    if (threadIdx.x == 0) tokens_W[blockIdx.x] = token;
 }
