@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -133,6 +134,9 @@ class Base(Backend):
 
     def available_memory(self) -> int:
         return self.device.memory().free
+
+    def limited(self, tokens: int, parameters: int) -> contextlib.AbstractContextManager[None]:
+        return self.device.guarded()
 
     # -- arrays and kernels -------------------------------------------------------------------------------------------
 

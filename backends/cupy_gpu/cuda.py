@@ -201,7 +201,7 @@ class Cuda(Device):
         self.compiler = f"nvrtc {nvrtc.getVersion()} driver {runtime.driverGetVersion()}"
 
     def empty(self, shape: Sequence[int], dtype: DTypeLike) -> Array:
-        with self._memory_errors():
+        with self.guarded():
             return self.cupy.empty(tuple(shape), dtype=dtype)
 
     def upload(self, array: Array) -> Array:
@@ -262,7 +262,7 @@ class Cuda(Device):
         pool = self.cupy.cuda.MemoryPool()
         stream = self.cupy.cuda.Stream()
         self.cupy.cuda.get_current_stream().synchronize()
-        with stream, self.cupy.cuda.using_allocator(pool.malloc), self._memory_errors():
+        with stream, self.cupy.cuda.using_allocator(pool.malloc), self.guarded():
             # Relaxed: the pool may have to ask for memory meanwhile.
             stream.begin_capture(self.cupy.cuda.runtime.streamCaptureModeRelaxed)
             self.capturing = True
@@ -310,11 +310,11 @@ class Cuda(Device):
         self.cupy.get_default_memory_pool().free_all_blocks()
         self.cupy.get_default_pinned_memory_pool().free_all_blocks()
 
-    def _memory_errors(self) -> Any:
+    def guarded(self) -> contextlib.AbstractContextManager[None]:
         return MemoryErrors(self)
 
 
-class MemoryErrors:
+class MemoryErrors(contextlib.AbstractContextManager[None]):
     """Turns CuPy's errors of memory into MemoryLimitError, and gives back what no array uses."""
 
     def __init__(self, device: Cuda) -> None:

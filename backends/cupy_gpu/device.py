@@ -8,6 +8,7 @@ nobody writes while steps run (`Fixed`: weights), which a kernel may therefore f
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -119,6 +120,9 @@ class Device(Protocol):
 
     def memory(self) -> Memory:
         """What is free."""
+
+    def guarded(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which memory that runs out is a MemoryLimitError, whoever asked for it."""
 
     def release(self) -> None:
         """Give memory back that no array uses."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from npllm.arrays import Array
+from npllm.arrays import Array, DTypeLike
 from npllm.backend import log_once
 from npllm.backends.cupy_gpu.base import PLAN, planned
 from npllm.backends.cupy_gpu.cache import DeviceCache, DeviceLayerCache
@@ -108,11 +108,25 @@ class Step:
 class Steps(Draws):
     """Caches and steps."""
 
+    # The list that went to the device last, and its array there.
+    _uploaded: tuple[Any, list[int]] = (None, [])
+
     def new_cache(self, specs: Sequence[LayerSpec], max_context: int, kv_dtype: str | None = None) -> Cache:
         """Keys and values are kept in bfloat16 unless the arithmetic is float32 or wider, or `kv_dtype` says otherwise."""
         if kv_dtype is None and self.dtype in ("stored", "bfloat16"):
             kv_dtype = "bfloat16"
         return DeviceCache(self, self.xp, specs, self.array_dtype, max_context, kv_dtype, self.available_memory)
+
+    def asarray(self, x: Any, dtype: DTypeLike | None = None) -> Array:
+        array = super().asarray(x, dtype)
+        if isinstance(x, list):
+            self._uploaded = array, x
+        return array
+
+    def _on_host(self, tokens_M: Array) -> list[int]:
+        """A step's tokens; those that were a list a moment ago need not come back for it."""
+        array, given = self._uploaded
+        return given if array is tokens_M else self.to_numpy(tokens_M).tolist()
 
     def plan(self, keys: Keys, rows: Rows) -> Array:
         if isinstance(rows, StepRows) and rows.step is not None:
@@ -154,7 +168,7 @@ class Steps(Draws):
         if step.problem:
             log_once(f"{self.name}.step runs every time: {step.problem}")
             return None
-        tokens = self.to_numpy(state.tokens_M).tolist()
+        tokens = self._on_host(state.tokens_M)
         with self.limited(len(tokens), model.parameters):
             for layer in cache.layers:
                 layer.reach(rows)

@@ -103,6 +103,24 @@ def test_cupy_that_is_missing_or_for_another_cuda(
         cuda.cupy_module()
 
 
+def test_memory_that_runs_out_is_an_error_of_ours_and_is_given_back() -> None:
+    class OutOfMemoryError(MemoryError):
+        """CuPy's."""
+
+    given_back: list[bool] = []
+    device = SimpleNamespace(
+        cupy=SimpleNamespace(cuda=SimpleNamespace(memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError))),
+        release=lambda: given_back.append(True),
+        memory=lambda: SimpleNamespace(free=3 << 30),
+    )
+    guard: Any = cuda.MemoryErrors(device)  # type: ignore[arg-type]
+    with pytest.raises(MemoryLimitError, match=r"the GPU's memory is full \(3\.0 GiB is free\): lower max_context"), guard:
+        raise OutOfMemoryError
+    with pytest.raises(ZeroDivisionError), guard:
+        raise ZeroDivisionError
+    assert given_back == [True]
+
+
 @pytest.fixture
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def none() -> Any:

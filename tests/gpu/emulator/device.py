@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -144,6 +145,9 @@ class Emulator(Device):
 
     def memory(self) -> Memory:
         return Memory(self.limit, self.limit)
+
+    def guarded(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def release(self) -> None:
         pass
