@@ -16,6 +16,7 @@ VERBS = {
     "detection": "the verification kit: seeded faults that it detects, and false alarms",
     "peers": "the Numba backend against other engines and the machine's limits, in one run",
     "numba": "the Numba backend: long contexts, mixtures, latent attention, memory, compile time, in one run",
+    "gpu": "the CuPy backend on an NVIDIA GPU: decoding, prompts, layers, transformers beside it, in one run",
 }
 
 
@@ -26,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     shape = "a published size, with random weights (default: %(default)s)"
     for name in ("canon", "peers", "quality"):
         verbs[name].add_argument("--shape", default="qwen3-0.6b", help=shape)
-    for name, rounds in {"canon": 3, "moe": 3, "peers": 5, "numba": 3}.items():
+    for name, rounds in {"canon": 3, "moe": 3, "peers": 5, "numba": 3, "gpu": 3}.items():
         text = "rounds, of which the best counts (default: %(default)s)"
         verbs[name].add_argument("--rounds", type=int, default=rounds, help=text)
     verbs["detection"].add_argument("--only", default="", metavar="OPERATION", help="one operation (default: all)")
@@ -35,6 +36,8 @@ def parser() -> argparse.ArgumentParser:
     verbs["quality"].add_argument("--python", default=sys.executable, help=text)
     add_peers(verbs["peers"])
     add_numba(verbs["numba"])
+    text = "only the groups that have one of these words in their name, with commas between"
+    verbs["gpu"].add_argument("--only", default="", metavar="WORDS", help=text)
     for name in ("peers", "numba"):
         verbs[name].add_argument("--threads", type=int, help="of everybody (default: all cores)")
         text = "a folder that keeps the weights for the next run (default: a temporary one)"
@@ -73,6 +76,8 @@ def main() -> None:
     args = parser().parse_args()
     bench = import_module(f"bench.{args.verb}")
     figures = bench.run(**{name: value for name, value in vars(args).items() if name not in ("verb", "out")})
+    if args.out is None and hasattr(bench, "results_file"):
+        args.out = bench.results_file(figures)
     if args.out is not None:
         args.out.write_text(json.dumps(figures, indent=2) + "\n")
     print(bench.table(figures))

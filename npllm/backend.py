@@ -88,6 +88,12 @@ class Backend:
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "float64")
     quantizations: ClassVar[tuple[str, ...]] = ()
 
+    # Prompt tokens of a step, where npllm.generation's own number does not suit.
+    prompt_tokens: ClassVar[int | None] = None
+
+    # Whether it can compute with weights that stay on disk.
+    on_disk: ClassVar[bool] = True
+
     # Why npllm.registry took it.
     why: str = "asked for"
 
@@ -109,6 +115,10 @@ class Backend:
             )
         self.threads = None if threads is None else whole("threads", threads, 1)
         self.strict, self.quantize = strict, quantize
+
+    @classmethod
+    def check(cls) -> None:
+        """BackendError where it cannot run on this machine: why, and what to do."""
 
     @property
     def array_dtype(self) -> str:

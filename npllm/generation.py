@@ -251,10 +251,10 @@ class Batch:
         for row in rows:
             row.pending = [row.prompt[-1]]
 
-    @staticmethod
-    def _share(rows: Sequence[Row]) -> list[tuple[Row, int]]:
-        """The rows that take part in the next step, each with how many pending tokens it brings; PREFILL in all."""
-        room, taken = PREFILL, []
+    def _share(self, rows: Sequence[Row]) -> list[tuple[Row, int]]:
+        """The rows that take part in the next step, each with how many pending tokens it brings; PREFILL in all, or as many
+        as the backend wants."""
+        room, taken = self.backend.prompt_tokens or PREFILL, []
         for row in rows:
             size = min(len(row.pending), room)
             if size:

@@ -8,6 +8,9 @@ import os
 import sys
 from pathlib import Path
 
+# The environment's name for the folder that compiled kernels are kept in.
+CACHE_VARIABLE = "NPLLM_CACHE"
+
 # Where Linux tells what a container may take.
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
@@ -17,6 +20,17 @@ def gibibytes(size: float) -> str:
     if size >= 1 << 30:
         return f"{size / (1 << 30):.1f} GiB"
     return f"{size / (1 << 20):.0f} MiB"
+
+
+def cache_root() -> Path | None:
+    """`NPLLM_CACHE`, else npllm in XDG_CACHE_HOME or ~/.cache; None where there is no home."""
+    if asked := os.environ.get(CACHE_VARIABLE):
+        return Path(os.path.expanduser(asked))
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "npllm"
+    with contextlib.suppress(RuntimeError):
+        return Path.home() / ".cache" / "npllm"
+    return None
 
 
 def available_memory() -> int:

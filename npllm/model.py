@@ -51,11 +51,18 @@ class Model:
 def check_memory(be: Backend, tensors: Collection[Tensor | Handle], name: str, *, demanded: bool = True) -> bool:
     """Whether the prepared weights fit into the memory that is free; asked before anything is allocated.
 
-    If they do not: MemoryLimitError when they must (`demanded`), else a warning that they stay on disk.
+    If they do not: MemoryLimitError when they must (`demanded`, or the backend reads none from disk), else a warning that
+    they stay there.
     """
     needed, available = be.bytes_needed(tensors), be.available_memory()
     if needed <= available:
         return True
+    if not be.on_disk:
+        raise MemoryLimitError(
+            f"{name}: the weights need {gibibytes(needed)}, {gibibytes(available)} of memory is free "
+            f"where the {be.name} backend keeps them: free some, take a smaller model, quantize it ('q8' or 'q4'), "
+            "or use backend='numba'"
+        )
     problem = f"the weights need {gibibytes(needed)} as {be.array_dtype}, {gibibytes(available)} of memory is available"
     if demanded:
         narrower = "" if be.array_dtype == "float32" else ", or float32"

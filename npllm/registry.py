@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from npllm.backend import Backend, log_once
 from npllm.config import nearest
-from npllm.errors import BackendError
+from npllm.errors import BackendError, NotInstalledError
 
 
 class Candidate(NamedTuple):
@@ -32,7 +32,7 @@ class Candidate(NamedTuple):
 
 
 # "auto" takes the first of these that is installed, loads and suits, else "numpy".
-PREFERENCE = (Candidate("cupy"), Candidate("numba", 50_000_000, ("float64",)))
+PREFERENCE = (Candidate("cupy", 50_000_000, ("float64",)), Candidate("numba", 50_000_000, ("float64",)))
 
 
 def available_backends() -> dict[str, str]:
@@ -71,7 +71,7 @@ def get_backend(
         try:
             return make(candidate, "auto: the fastest that loads")
         except BackendError as error:
-            log_once(f"backend auto: {error}", logging.WARNING)
+            log_once(f"backend auto: {error}", logging.INFO if isinstance(error, NotInstalledError) else logging.WARNING)
             problems.append(str(error))
     passed = [unsuited for unsuited in candidates.values() if unsuited]
     try:
@@ -115,4 +115,8 @@ def _load(name: str) -> type[Backend]:
         raise BackendError(f"backend {name!r} cannot load: {error}") from error
     if not (isinstance(backend, type) and issubclass(backend, Backend)):
         raise BackendError(f"backend {name!r}: its entry point must name a subclass of npllm.backend.Backend")
+    try:
+        backend.check()
+    except BackendError as error:
+        raise type(error)(f"backend {name!r} cannot run here: {error}") from error
     return backend

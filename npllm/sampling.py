@@ -121,15 +121,27 @@ class Sampler:
     def draw(self, logits_N: Array) -> int:
         """The next token from one row of logits; NumericsError if they are not finite."""
         check_finite(logits_N)
-        token = self._choose(self._adjusted(logits_N))
+        return self.take(self._choose(self._adjusted(logits_N)))
+
+    def take(self, token: int) -> int:
+        """Remember a token that was drawn; -> the same."""
         self.seen.add(token)
         self.counts[token] = self.counts.get(token, 0) + 1
         return token
 
+    def chance(self) -> float:
+        """What decides the next draw, in [0, 1): the row's next random number, or 0 where nothing is left to chance."""
+        return 0.0 if self.sampling.temperature == 0.0 else float(self.random.random())
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether penalties or biases change the logits before a token is drawn."""
+        s = self.sampling
+        return s.repetition_penalty != 1.0 or bool(s.presence_penalty or s.frequency_penalty or s.logit_bias)
+
     def _adjusted(self, logits_N: Array) -> Array:
         s = self.sampling
-        penalised = s.repetition_penalty != 1.0 or s.presence_penalty or s.frequency_penalty
-        if not penalised and not s.logit_bias:
+        if not self.adjusts:
             return logits_N
         logits_N = logits_N.astype(np.float64)
         for token, bias in s.logit_bias.items():
@@ -152,7 +164,7 @@ class Sampler:
             return int(np.argmax(logits_N))
         tokens, weights = candidates(logits_N, s)
         mass = np.cumsum(weights)
-        index = np.searchsorted(mass, self.random.random() * mass[-1], side="right")
+        index = np.searchsorted(mass, self.chance() * mass[-1], side="right")
         return int(tokens[min(int(index), len(tokens) - 1)])
 
 
@@ -164,7 +176,8 @@ def candidates(logits_N: Array, sampling: Sampling) -> tuple[Array, Array]:
     logits -= logits.max()
     with np.errstate(over="ignore"):  # a temperature next to zero sends all but the likeliest to -inf
         logits /= s.temperature
-    if 0 < s.top_k < len(logits):
+    if 0 < s.top_k < len(logits_N):
+        # Also where there are just so many: the order in which chance meets tokens must not depend on how they were found.
         kept = most_likely(logits, s.top_k)
         tokens, logits = tokens[kept], logits[kept]
     if s.top_p < 1.0:
@@ -190,7 +203,12 @@ def probabilities(logits_N: Array, sampling: Sampling) -> Array:
 def check_finite(logits: Array) -> None:
     """NumericsError when a model's logits hold NaN or infinity."""
     if not np.isfinite(logits).all():
-        raise NumericsError("the model's logits are not finite (NaN or infinity): its weights are damaged or overflowed")
+        raise not_finite()
+
+
+def not_finite() -> NumericsError:
+    """What is said of logits that hold NaN or infinity."""
+    return NumericsError("the model's logits are not finite (NaN or infinity): its weights are damaged or overflowed")
 
 
 def contenders(logits: Array, k: int) -> Array:

@@ -13,7 +13,8 @@ def step(llm: LLM, cache: Cache, slots: Sequence[int], pieces: Sequence[Array]) 
     """Logits [t, N] of each row's new tokens `pieces[r]`, which go to the cache."""
     counts = [len(piece) for piece in pieces]
     rows = cache.plan(slots, counts)
-    logits_MN = llm.model.run(llm.backend, np.concatenate(pieces), rows, cache)
+    tokens_M = llm.backend.asarray(np.concatenate(pieces))
+    logits_MN = llm.backend.to_numpy(llm.model.run(llm.backend, tokens_M, rows, cache))
     return np.split(logits_MN, np.cumsum(counts)[:-1])
 
 

@@ -19,7 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-VARIABLE = "NPLLM_CACHE"
+from npllm.machine import CACHE_VARIABLE, cache_root
+
+VARIABLE, root = CACHE_VARIABLE, cache_root
 
 # Folders of other versions and CPUs that are left alone, the newest first.
 KEPT = 8
@@ -35,17 +37,6 @@ class Code(NamedTuple):
     symbol: str
     object: bytes
     bitcode: bytes
-
-
-def root() -> Path | None:
-    """`NPLLM_CACHE`, else npllm in XDG_CACHE_HOME or ~/.cache; None where there is no home."""
-    if asked := os.environ.get(VARIABLE):
-        return Path(os.path.expanduser(asked))
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "npllm"
-    with contextlib.suppress(RuntimeError):
-        return Path.home() / ".cache" / "npllm"
-    return None
 
 
 class Store:

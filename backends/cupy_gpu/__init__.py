@@ -1,0 +1,1 @@
+"""The backend "cupy": npllm's models on an NVIDIA GPU."""

@@ -1,0 +1,371 @@
+"""The device: a GPU through CuPy (arrays, memory, streams, capture, NVRTC) and the driver's own launch call.
+
+CuPy launches by `cuLaunchKernel`, which knows no programmatic dependent launch: a kernel that may begin while the one before
+it still runs, and fetch weights until `griddepcontrol.wait` lets it go on (CUDA programming guide, "Programmatic Dependent
+Launch"). `cuLaunchKernelEx` is called here for it, in captured steps alone. NPLLM_PDL=0 in the environment switches it off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from npllm.arrays import Array, DTypeLike
+from npllm.backend import log_once
+from npllm.backends.cupy_gpu import cublaslt
+from npllm.backends.cupy_gpu.device import Argument, CannotCaptureError, Device, Grid, Kernel, Memory, Packed
+from npllm.backends.cupy_gpu.sources import source
+from npllm.errors import BackendError, MemoryLimitError, NotInstalledError
+from npllm.machine import cache_root, gibibytes
+
+# The least compute capability: cp.async and bf16 products.
+LEAST_ARCHITECTURE = 80
+
+# Bytes of pinned memory that a copy to the GPU goes through at a time; there are two such pieces.
+STAGING = 32 << 20
+
+# cuda.h: CUlaunchAttributeID, and what a function may be told.
+PROGRAMMATIC_STREAM_SERIALIZATION = 6
+MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+SHARED_WITHOUT_ASKING = 48 * 1024
+
+DIGEST_BYTES = 16
+
+INSTALL = "pip install 'npllm[cuda13]' (or 'npllm[cuda12]' for a driver below 580)"
+
+
+def cupy_module() -> Any:
+    """CuPy; BackendError says what to install where it is not there, or is for another CUDA."""
+    try:
+        import cupy
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
+            raise NotInstalledError(f"CuPy is not installed: {INSTALL}") from None
+        why = str(error).strip().splitlines()[-1] if str(error).strip() else "it cannot be imported"
+        raise BackendError(f"CuPy is installed, but not for this machine's CUDA ({why}): {INSTALL}") from None
+    return cupy
+
+
+def check_gpu(cupy: Any) -> None:
+    """BackendError where no GPU can be used: which of GPU, driver and CuPy is at fault, and what to do."""
+    runtime = cupy.cuda.runtime
+    try:
+        count = runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
+        built, driver = _version(runtime.runtimeGetVersion()), driver_version()
+        if driver is None:
+            raise BackendError(
+                "no NVIDIA driver is installed (libcuda is missing): install it, or use another backend"
+            ) from None
+        if "InsufficientDriver" in str(error):
+            raise BackendError(
+                f"the NVIDIA driver knows CUDA {driver}, CuPy is made for CUDA {built}: update the driver, "
+                f"or install the other CuPy with {INSTALL}"
+            ) from None
+        if "NoDevice" in str(error):
+            raise BackendError(
+                "no NVIDIA GPU is visible (nvidia-smi lists them; CUDA_VISIBLE_DEVICES may hide them)"
+            ) from None
+        raise BackendError(f"the NVIDIA GPU cannot be used: {error}") from None
+    if count == 0:
+        raise BackendError("no NVIDIA GPU is visible (nvidia-smi lists them; CUDA_VISIBLE_DEVICES may hide them)")
+    major, minor = divmod(int(cupy.cuda.Device().compute_capability), 10)
+    if 10 * major + minor < LEAST_ARCHITECTURE:
+        raise BackendError(f"the GPU has compute capability {major}.{minor}; kernels need 8.0 (Ampere) or newer")
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def driver_version() -> str | None:
+    """The newest CUDA that the driver knows, or None without a driver."""
+    library = driver_library()
+    number = ctypes.c_int()
+    if library is None or library.cuDriverGetVersion(ctypes.byref(number)):
+        return None
+    return _version(number.value)
+
+
+@functools.cache
+def driver_library() -> Any:
+    """libcuda, or None."""
+    for name in ("libcuda.so.1", "libcuda.so", "nvcuda.dll"):
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    return None
+
+
+class Attribute(ctypes.Structure):
+    """CUlaunchAttribute: 72 bytes, the value at 8."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class Configuration(ctypes.Structure):
+    """CUlaunchConfig: 56 bytes."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+def compile_cubin(text: str, name: str, architecture: int, defines: Sequence[tuple[str, int]]) -> bytes:
+    """A source compiled by NVRTC for exactly this architecture; needs no GPU. BackendError with what the compiler says."""
+    from cupy_backends.cuda.libs import nvrtc
+
+    options = (f"-arch=sm_{architecture}", "-std=c++17", "-default-device", *(f"-D{key}={value}" for key, value in defines))
+    program = nvrtc.createProgram(text, name, (), ())
+    try:
+        nvrtc.compileProgram(program, options)
+        return nvrtc.getCUBIN(program)
+    except nvrtc.NVRTCError:
+        log = nvrtc.getProgramLog(program)
+        raise BackendError(f"{name} does not compile for sm_{architecture}: {log.strip()}") from None
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def cubin(file: str, architecture: int, defines: tuple[tuple[str, int], ...], compiler: str) -> bytes:
+    """A compiled file, from the cache where it has been compiled before: for this text, architecture and compiler.
+
+    A file of the cache begins with a digest of what follows: one that is damaged counts as missing.
+    """
+    text, root = source(file), cache_root()
+    key = _digest(f"{text}\0{architecture}\0{defines}\0{compiler}".encode()).hex()
+    if root is None:
+        return compile_cubin(text, file, architecture, defines)
+    path = root / "cuda" / f"{file.removesuffix('.cu')}-{key}.cubin"
+    with contextlib.suppress(OSError):
+        stored = path.read_bytes()
+        if _digest(stored[DIGEST_BYTES:]) == stored[:DIGEST_BYTES]:
+            return stored[DIGEST_BYTES:]
+    made = compile_cubin(text, file, architecture, defines)
+    # A folder that cannot be written costs time, nothing else.
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+        partial.write_bytes(_digest(made) + made)
+        partial.replace(path)
+    return made
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
+
+
+class CudaGraph:
+    """An instantiated graph, with the memory pool that its intermediates lie in."""
+
+    def __init__(self, graph: Any, kept: tuple[Any, ...]) -> None:
+        self.graph, self.kept = graph, kept
+
+    def launch(self) -> None:
+        self.graph.launch()
+
+
+class Cuda(Device):
+    """The current GPU."""
+
+    def __init__(self) -> None:
+        self.cupy = cupy_module()
+        check_gpu(self.cupy)
+        self.xp = self.cupy
+        gpu = self.cupy.cuda.Device()
+        properties = self.cupy.cuda.runtime.getDeviceProperties(gpu.id)
+        self.name = properties["name"].decode()
+        self.architecture = int(gpu.compute_capability)
+        self.multiprocessors = int(properties["multiProcessorCount"])
+        self.shared_limit = int(properties["sharedMemPerBlockOptin"])
+        self.dependent = self.architecture >= 90 and os.environ.get("NPLLM_PDL") != "0"
+        self.capturing = False
+        self._driver = driver_library()
+        self._staging = Staging(self.cupy)
+        self._kernels: dict[tuple[Any, ...], Kernel] = {}
+        runtime = self.cupy.cuda.runtime
+        from cupy_backends.cuda.libs import nvrtc
+
+        self.compiler = f"nvrtc {nvrtc.getVersion()} driver {runtime.driverGetVersion()}"
+
+    def empty(self, shape: Sequence[int], dtype: DTypeLike) -> Array:
+        with self.guarded():
+            return self.cupy.empty(tuple(shape), dtype=dtype)
+
+    def upload(self, array: Array) -> Array:
+        made = self.empty(array.shape, array.dtype)
+        self._staging.copy(made, np.ascontiguousarray(array))
+        return made
+
+    def write(self, array: Array, values: Array) -> None:
+        self._staging.copy(array, np.ascontiguousarray(values))
+
+    def download(self, array: Array) -> Array:
+        return self.cupy.asnumpy(array)
+
+    def mapped(self, array: Array) -> Array:
+        array = np.ascontiguousarray(array)
+        memory: Any = self.cupy.cuda.alloc_pinned_memory(max(1, array.nbytes))
+        pointer = int(memory.ptr)
+        np.frombuffer(memory, np.uint8, array.nbytes)[:] = array.reshape(-1).view(np.uint8)
+        # Pinned memory has the same address on the GPU (unified addressing).
+        whole = self.cupy.cuda.UnownedMemory(pointer, max(1, array.nbytes), memory, self.cupy.cuda.Device().id)
+        return self.cupy.ndarray(array.shape, array.dtype, self.cupy.cuda.MemoryPointer(whole, 0))
+
+    def address(self, array: Any) -> int:
+        return int(array.data.ptr)
+
+    def kernel(self, file: str, name: str, defines: Mapping[str, int]) -> Kernel:
+        macros = tuple(sorted(defines.items()))
+        key = file, name, macros
+        if key not in self._kernels:
+            module = self.cupy.cuda.function.Module()
+            module.load(cubin(file, self.architecture, macros, self.compiler))
+            self._kernels[key] = Kernel(file, name, macros, module.get_function(name))
+        return self._kernels[key]
+
+    def launch(self, kernel: Kernel, grid: Grid, block: int, args: Iterable[Argument], shared: int = 0) -> None:
+        packed = Packed(args, self.address)
+        if shared > SHARED_WITHOUT_ASKING:
+            self._check(
+                self._driver.cuFuncSetAttribute(ctypes.c_void_p(kernel.handle.ptr), MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
+            )
+        attribute = Attribute(PROGRAMMATIC_STREAM_SERIALIZATION)
+        attribute.value[0] = 1
+        stream = self.cupy.cuda.get_current_stream().ptr
+        dependent = int(self.dependent and self.capturing)
+        configuration = Configuration(*grid, block, 1, 1, shared, stream, ctypes.pointer(attribute), dependent)
+        function = ctypes.c_void_p(kernel.handle.ptr)
+        self._check(self._driver.cuLaunchKernelEx(ctypes.byref(configuration), function, packed.pointers, None), kernel)
+
+    def _check(self, status: int, kernel: Kernel | None = None) -> None:
+        if status:
+            name = ctypes.c_char_p()
+            self._driver.cuGetErrorName(status, ctypes.byref(name))
+            where = "" if kernel is None else f" at {kernel.file}: {kernel.name}"
+            raise BackendError(f"the GPU's driver says {(name.value or b'error').decode()} ({status}){where}")
+
+    def capture(self, function: Callable[[], Array]) -> tuple[CudaGraph, Array]:
+        # What the graph writes must never be given to others: it has a memory pool of its own, kept with it.
+        pool = self.cupy.cuda.MemoryPool()
+        stream = self.cupy.cuda.Stream()
+        self.cupy.cuda.get_current_stream().synchronize()
+        with stream, self.cupy.cuda.using_allocator(pool.malloc), self.guarded():
+            # Relaxed: the pool may have to ask for memory meanwhile.
+            stream.begin_capture(self.cupy.cuda.runtime.streamCaptureModeRelaxed)
+            self.capturing = True
+            try:
+                result = function()
+            except BaseException as error:
+                self._abandon(stream)
+                if isinstance(error, (NotImplementedError, self.cupy.cuda.runtime.CUDARuntimeError)):
+                    raise CannotCaptureError(str(error)) from None
+                raise
+            finally:
+                self.capturing = False
+            try:
+                graph = stream.end_capture()
+            except (RuntimeError, self.cupy.cuda.runtime.CUDARuntimeError) as error:
+                raise CannotCaptureError(str(error)) from None
+        return CudaGraph(graph, (pool, result)), result
+
+    def _abandon(self, stream: Any) -> None:
+        """End a capture that failed; CuPy's own call may fail once more."""
+        with contextlib.suppress(Exception):
+            stream.end_capture()
+
+    def blas(self) -> cublaslt.Products | None:
+        return self._blas
+
+    @functools.cached_property
+    def _blas(self) -> cublaslt.Products | None:
+        library = cublaslt.load()
+        if library is None:
+            log_once("cupy: cuBLASLt is not installed; products of prompts go through slower kernels of our own")
+            return None
+        self._workspace = self.empty((cublaslt.WORKSPACE,), "uint8")
+        stream = self.cupy.cuda.get_current_stream
+        return cublaslt.Products(library, self.address(self._workspace), cublaslt.WORKSPACE, lambda: int(stream().ptr))
+
+    def memory(self) -> Memory:
+        free, total = self.cupy.cuda.runtime.memGetInfo()
+        pool = self.cupy.get_default_memory_pool()
+        free += pool.free_bytes()
+        limit = pool.get_limit()
+        return Memory(max(0, min(free, limit - pool.used_bytes()) if limit else free), total)
+
+    def release(self) -> None:
+        self.cupy.get_default_memory_pool().free_all_blocks()
+        self.cupy.get_default_pinned_memory_pool().free_all_blocks()
+
+    def guarded(self) -> contextlib.AbstractContextManager[None]:
+        return MemoryErrors(self)
+
+
+class MemoryErrors(contextlib.AbstractContextManager[None]):
+    """Turns CuPy's errors of memory into MemoryLimitError, and gives back what no array uses."""
+
+    def __init__(self, device: Cuda) -> None:
+        self.device = device
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None or not issubclass(kind, self.device.cupy.cuda.memory.OutOfMemoryError):
+            return
+        self.device.release()
+        free = self.device.memory().free
+        raise MemoryLimitError(
+            f"the GPU's memory is full ({gibibytes(free)} is free): lower max_context or the batch, "
+            "use kv_dtype='bfloat16', or a smaller model"
+        ) from None
+
+
+class Staging:
+    """Copies to the GPU through two pieces of pinned memory: one is filled while the other travels."""
+
+    def __init__(self, cupy: Any) -> None:
+        self.cupy = cupy
+        self.pieces: list[tuple[Any, Any]] = []
+        self.turn = 0
+        self.lock = threading.Lock()
+
+    def copy(self, target: Any, values: Array) -> None:
+        """`values`, contiguous, into contiguous `target`, in the order of the current stream."""
+        flat = values.reshape(-1).view(np.uint8) if values.size else np.empty(0, np.uint8)
+        runtime, stream = self.cupy.cuda.runtime, self.cupy.cuda.get_current_stream()
+        with self.lock:
+            for begin in range(0, flat.size, STAGING):
+                memory, event = self._piece()
+                part = flat[begin : begin + STAGING]
+                event.synchronize()
+                pointer = int(memory.ptr)
+                np.frombuffer(memory, np.uint8, part.size)[:] = part
+                runtime.memcpyAsync(target.data.ptr + begin, pointer, part.size, runtime.memcpyHostToDevice, stream.ptr)
+                event.record(stream)
+
+    def _piece(self) -> tuple[Any, Any]:
+        while len(self.pieces) < 2:
+            memory: Any = self.cupy.cuda.alloc_pinned_memory(STAGING)
+            self.pieces.append((memory, self.cupy.cuda.Event(block=False, disable_timing=True)))
+        self.turn = 1 - self.turn
+        return self.pieces[self.turn]
+
+
+@functools.cache
+def gpu() -> Cuda:
+    """The current GPU, opened once."""
+    return Cuda()

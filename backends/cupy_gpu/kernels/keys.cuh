@@ -1,0 +1,31 @@
+// Where a step's keys lie (npllm.cache.Keys), and which of them a query sees (npllm.blocks.masks).
+#include "common.cuh"
+
+// A plan has PLAN numbers of each row: its slot, how many keys it sees, the position of the first and where it lies; its first
+// query among the packed ones and the last one's successor, the first one's position and where its key is stored.
+#define PLAN 8
+struct Row { i64 slot, count, first, begin, query, end, start, place; };
+__device__ __forceinline__ Row row_of_plan(const i64 *plan, i64 r) {
+    const i64 *p = plan + r * PLAN;
+    return {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
+}
+
+// Storage [slots or pages, size, heads, width], as strides in numbers.
+#define STORAGE(x) const void *x, i64 x##_slot, i64 x##_entry, i64 x##_head
+
+// The index of key s of a row in units of entries, and of slots or pages.
+__device__ __forceinline__ void place_of(
+    const Row &row, i64 r, i64 s, i64 size, const i64 *pages, i64 pages_per_row, i64 &slot, i64 &entry) {
+    // No storage has 2^32 entries, and dividing numbers of 64 bits takes ten times as long.
+    u32 i = (u32)(row.begin + s);
+    slot = pages ? pages[r * pages_per_row + i / (u32)size] : row.slot;
+    entry = i % (u32)size;
+}
+
+// The first position that a query sees.
+__device__ __forceinline__ i64 reach(i64 query, i64 window, i64 chunk) {
+    i64 low = 0;
+    if (window) low = max(low, query - window + 1);
+    if (chunk) low = max(low, query / chunk * chunk);
+    return low;
+}

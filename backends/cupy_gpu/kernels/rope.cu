@@ -1,0 +1,35 @@
+// Rotary embeddings (npllm.blocks.rope).
+#include "common.cuh"
+
+// Cosines and sines [tokens, pairs] of position * frequency, times `scale`.
+extern "C" __global__ void angles(
+    const i64 *positions, i64 tokens, const float *frequencies, i64 pairs, float scale, float *cosines, float *sines) {
+    wait_for_inputs();
+    release_dependents();
+    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= tokens * pairs) return;
+    float phase = (float)positions[i / pairs] * frequencies[i % pairs];
+    cosines[i] = cosf(phase) * scale;
+    sines[i] = sinf(phase) * scale;
+}
+
+// Heads of `width` numbers, `token_step` and `head_step` numbers apart, turned -> [tokens, heads, width]; a thread per number.
+extern "C" __global__ void rotate(
+    const float *x, i64 token_step, i64 head_step, i64 tokens, i64 heads, i64 width, const float *cosines, const float *sines,
+    i64 pairs, i64 interleaved, float *out) {
+    wait_for_inputs();
+    release_dependents();
+    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= tokens * heads * width) return;
+    i64 token = i / (heads * width), head = i / width % heads, k = i % width;
+    const float *from = x + token * token_step + head * head_step;
+    float y = from[k];
+    if (k < 2 * pairs) {
+        bool second = interleaved ? k & 1 : k >= pairs;
+        i64 pair = interleaved ? k >> 1 : k - (second ? pairs : 0), step = interleaved ? 1 : pairs;
+        float cosine = cosines[token * pairs + pair], sine = sines[token * pairs + pair];
+        float other = from[second ? k - step : k + step];
+        y = second ? y * cosine + other * sine : y * cosine - other * sine;
+    }
+    out[i] = y;
+}

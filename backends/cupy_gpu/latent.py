@@ -1,0 +1,156 @@
+"""Multi-head latent attention (npllm.blocks.mla): `latent_project`, `latent_expand`, `latent_attention`.
+
+Rows of few queries attend to the latents themselves: `absorb` takes the queries there by the rows of kv_b_proj as they are
+stored, `unabsorb` brings back what comes out. For other rows the keys and values of all heads are made first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from npllm import blocks
+from npllm.arrays import Array
+from npllm.backend import accelerates
+from npllm.backends.cupy_gpu.attention import BF16, F32, Attention
+from npllm.backends.cupy_gpu.base import THREADS, groups
+from npllm.backends.cupy_gpu.device import Argument, Out
+from npllm.backends.cupy_gpu.matrix import FORMATS, PER_VECTOR, Matrix
+from npllm.backends.cupy_gpu.products import STAGED_BYTES, Products, unprepared
+from npllm.blocks.masks import Mask
+from npllm.blocks.rope import Angles
+from npllm.cache import Keys, Rows
+from npllm.weights import LatentKV, Linear
+
+# Of latent_attention.cu: queries of a tile, keys of a step, and tiles that share the keys of a block.
+QUERIES, KEYS, TILES = 16, 32, (1, 2, 4)
+
+# Of absorb.cu: threads, and vectors of a row that a block takes.
+PRODUCT_THREADS, ACROSS = 128, 8
+
+# Numbers of a latent that TOKENS tokens can be staged with.
+MOST_STAGED = STAGED_BYTES // 4
+
+# Parts that keys are cut into at most; each costs those who merge a row of numbers per head.
+MOST_SPLITS = 64
+
+
+# Numbers of a latent at most: the sums of a query fit into the registers of four warps.
+WIDEST = 640
+
+
+def shared_bytes(width: int, tiles: int) -> int:
+    """The size of struct Shared of latent_attention.cu."""
+    queries = tiles * QUERIES
+    return 4 * KEYS * (groups(width, 64) * 64 + 8) + queries * (16 * (KEYS + 4) + 2 * (KEYS + 8) + 20)
+
+
+def not_latents(be: Products, keys: Keys, w: Linear) -> str | None:
+    """Why kernels cannot attend to these."""
+    x_BSGK = keys.k_BSGK
+    if x_BSGK.shape[2] != 1 or w.bias is not None:
+        return "latents of several heads, or a bias"
+    if x_BSGK.shape[-1] > WIDEST:
+        return f"latents {x_BSGK.shape[-1]} wide"
+    if x_BSGK.dtype != np.dtype("float32" if keys.widen is None else "uint16"):
+        return f"latents of {x_BSGK.dtype}"
+    if x_BSGK.size and x_BSGK.strides[-1] != x_BSGK.itemsize:
+        return "the numbers of a latent do not lie side by side"
+    return unprepared(be, w)
+
+
+class Latents(Attention, Products):
+    """Latent attention."""
+
+    @accelerates(lambda self, h_MD, w, angles, eps, interleaved=True: unprepared(self, w.kv_a_proj_with_mqa))
+    def latent_project(self, h_MD: Array, w: LatentKV, angles: Angles, /, eps: float, *, interleaved: bool = True) -> Array:
+        down_MF = self.product(h_MD, w.kv_a_proj_with_mqa)
+        (M, width), L = down_MF.shape, len(w.kv_a_layernorm.weight)
+        latent_MGK, cos_MJ, sin_MJ = self.empty(M, 1, width), self.plain(angles.cos_MJ), self.plain(angles.sin_MJ)
+        if M:
+            norm = (self.vector(w.kv_a_layernorm, "weight"), float(eps))
+            turned = (cos_MJ, sin_MJ, cos_MJ.shape[1], int(interleaved), Out(latent_MGK))
+            args = (down_MF, L, width - L, *norm, *turned)
+            self.launch("latent.cu", "norm_and_turn", {}, (M, 1, 1), PRODUCT_THREADS, args)
+        return latent_MGK
+
+    @accelerates(lambda self, latent_SGF, w, nope, heads: unprepared(self, w))
+    def latent_expand(self, latent_SGF: Array, w: Linear, /, nope: int, heads: int) -> tuple[Array, Array]:
+        latent_SGF = self.plain(latent_SGF)
+        (S, _, width), (rows, L) = latent_SGF.shape, w.weight.shape
+        value, turning = rows // heads - nope, width - L
+        up_SF = self.product(latent_SGF[:, 0, :L], w)
+        k_SHK, v_SHV = self.empty(S, heads, nope + turning), self.empty(S, heads, value)
+        count = S * heads * (nope + turning + value)
+        if count:
+            shared = latent_SGF[:, 0, L:]
+            args = (up_SF, S, heads, nope, value, shared, width, turning, Out(k_SHK), Out(v_SHV))
+            self.launch("latent.cu", "place_keys", {}, (groups(count, THREADS), 1, 1), THREADS, args)
+        return k_SHK, v_SHV
+
+    @accelerates(lambda self, q_MHF, keys, rows, w, mask, scale: not_latents(self, keys, w))
+    def latent_attention(self, q_MHF: Array, keys: Keys, rows: Rows, w: Linear, /, *, mask: Mask, scale: float) -> Array:
+        (out, L), (_, H, F) = w.weight.shape, q_MHF.shape
+        nope = F - (keys.k_BSGK.shape[-1] - L)
+        how: dict[str, Any] = {"w": w, "nope": nope, "mask": mask, "scale": scale}
+        few = [blocks.absorbed_is_cheaper(count, L, out // H) for count in rows.counts]
+        if all(few):
+            return self._among_latents(q_MHF, keys, rows, **how)
+        out_MHV = self.empty(len(q_MHF), H, out // H - nope)
+        for r, (_, _, begin, end) in enumerate(rows):
+            form = self._among_latents if few[r] else self._expanded
+            out_MHV[begin:end] = form(q_MHF[begin:end], keys.only(r), rows.only(r), **how)
+        return out_MHV
+
+    def _among_latents(self, q_MHF: Array, keys: Keys, rows: Rows, w: Linear, nope: int, mask: Mask, scale: float) -> Array:
+        """The absorbed form -> o_MHV."""
+        q_MHF, matrix = self.plain(q_MHF), w.weight
+        (M, H, F), L = q_MHF.shape, matrix.shape[1]
+        turning, value = F - nope, matrix.shape[0] // H - nope
+        q_MHK, out_MHV = self.empty(M, H, L + turning), self.empty(M, H, value)
+        if not out_MHV.size:
+            return out_MHV
+        tokens = self._tokens(M, matrix)
+        defines = {"FORMAT": FORMATS[matrix.format], "TOKENS": tokens}
+        grid = (H, groups(L, ACROSS * PER_VECTOR[matrix.format]), groups(M, tokens))
+        args: tuple[Argument, ...] = (q_MHF, M, H, nope, turning, matrix.structure, Out(q_MHK))
+        self.launch("absorb.cu", "absorb", defines, grid, PRODUCT_THREADS, args)
+        if self.dtype == "float32":
+            partial, splits = self.plain(self.attention(q_MHK, keys, rows, mask=mask, scale=scale)), 0
+        else:
+            partial, splits = self._attend_latents(q_MHK, keys, rows, L, mask, scale)
+        wide = 4 * groups(value, 16) if H * groups(M, tokens) < self.device.multiprocessors else value
+        args = (partial, splits, M, H, nope, wide, matrix.structure, Out(out_MHV))
+        grid = (H, groups(value, wide), groups(M, tokens))
+        self.launch("absorb.cu", "unabsorb", defines, grid, PRODUCT_THREADS, args, STAGED_BYTES)
+        return out_MHV
+
+    def _attend_latents(
+        self, q_MHK: Array, keys: Keys, rows: Rows, latent: int, mask: Mask, scale: float
+    ) -> tuple[Array, int]:
+        """Attention on tensor cores -> what each part of the keys gives [M, H, parts, L + 2], and how many there are."""
+        x_BSGK, (M, H, width) = keys.k_BSGK, q_MHK.shape
+        lanes = max(rows.counts) * H
+        fitting = [each for each in TILES if shared_bytes(width, each) <= self.device.shared_limit]
+        tiles = next((each for each in fitting if each * QUERIES >= lanes), fitting[-1])
+        blocks = groups(lanes, tiles * QUERIES)
+        splits = min(MOST_SPLITS, self._splits(keys, len(rows.counts) * blocks))
+        partial = self.empty(M, H, splits, latent + 2)
+        stored = BF16 if x_BSGK.dtype == np.uint16 else F32
+        defines = {"STORED": stored, "WIDTH": width, "LATENT": latent, "HEAD_TILES": tiles}
+        steps = x_BSGK.strides[:3]
+        aligned = all(step % 16 == 0 for step in (*steps, width * x_BSGK.itemsize))
+        args = (
+            self.plan(keys, rows), *self._pages(keys), q_MHK, H, x_BSGK, *(step // x_BSGK.itemsize for step in steps),
+            max(1, x_BSGK.shape[1]), int(aligned), mask.window or 0, mask.chunk or 0, float(scale), Out(partial),
+        )  # fmt: skip
+        grid = (splits, blocks, len(rows.counts))
+        self.launch("latent_attention.cu", "attend_latents", defines, grid, 128 * tiles, args, shared_bytes(width, tiles))
+        return partial, splits
+
+    def _tokens(self, tokens: int, matrix: Matrix) -> int:
+        """How many tokens a block of absorb.cu takes: their sums, and their latents, have to fit."""
+        per = PER_VECTOR[matrix.format]
+        most = max(1, min(32 // per, MOST_STAGED // max(1, groups(matrix.shape[1], 32) * 32)))
+        return 1 << (min(most, 4, tokens).bit_length() - 1)

@@ -1,0 +1,76 @@
+"""Drawing tokens on the device (sample.cu), by the rules of npllm.sampling and with its random numbers.
+
+A row's random number does not depend on its logits, so the host draws it before the step, and no logits have to come back.
+Penalties, biases and log-probabilities are computed on the host, where a row's history and what is shown of it are: a step
+in which a row asks for them hands all logits back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from npllm.arrays import Array
+from npllm.backends.cupy_gpu.base import Base
+from npllm.backends.cupy_gpu.device import Out
+from npllm.sampling import Drawn, Sampler, not_finite
+
+if TYPE_CHECKING:
+    from npllm.generation import State
+
+# Numbers of a row: 1 / temperature (0: the largest logit is taken), top_k, top_p, log(min_p), and what chance says.
+SETTINGS = 5
+
+# Beyond it, 1 / temperature times a difference of 0 would not be 0.
+SHARPEST = 1e300
+
+# Logits of a row at most: the kernel adds masses of up to 2^44.
+MOST_LOGITS = 1 << 19
+
+# Of sample.cu: threads of a row; the parts, at most, in which its largest logit is looked for, and threads of each.
+THREADS, PARTS, PART_THREADS = 512, 64, 256
+
+
+def settings_of(samplers: Sequence[Sampler]) -> Array:
+    """What the kernel draws by, float64 [W, SETTINGS]; each row's next random number is spent."""
+    rows = [_numbers(each) for each in samplers]
+    return np.array(rows, np.float64).reshape(len(rows), SETTINGS)
+
+
+def _numbers(sampler: Sampler) -> tuple[float, ...]:
+    s = sampler.sampling
+    sharpness = 0.0 if s.temperature == 0.0 else 1.0 / s.temperature if s.temperature > 1.0 / SHARPEST else SHARPEST
+    log_min_p = math.log(s.min_p) if s.min_p > 0.0 else -math.inf
+    return sharpness, float(min(s.top_k, MOST_LOGITS)), s.top_p, log_min_p, sampler.chance()
+
+
+class Draws(Base):
+    """Tokens of logits."""
+
+    def settings(self, state: State, vocabulary: int) -> Array | None:
+        """What the step's tokens are drawn by on the device; None where the host has to draw them."""
+        if state.logprobs or self.dtype == "float64" or vocabulary >= MOST_LOGITS:
+            return None
+        return None if any(sampler.adjusts for sampler in state.samplers) else settings_of(state.samplers)
+
+    def sample(self, logits_WN: Array, settings_WS: Array, tokens_W: Array) -> None:
+        """Draw a token of each row into `tokens_W`, -1 where logits are not finite; all three lie on the device."""
+        W, N = logits_WN.shape
+        if W:
+            parts = max(1, min(PARTS, N // (4 * PART_THREADS)))
+            logits_WN, tops = self.plain(logits_WN), self.empty(W, parts, dtype="uint64")
+            self.launch("sample.cu", "find_tops", {"N": N}, (parts, W, 1), PART_THREADS, (logits_WN, Out(tops)))
+            args = (logits_WN, tops, parts, settings_WS, Out(tokens_W))
+            self.launch("sample.cu", "sample", {"N": N}, (W, 1, 1), THREADS, args)
+
+    def taken(self, tokens_W: Array, samplers: Sequence[Sampler]) -> Drawn:
+        """Tokens that the device has drawn, which their rows remember; NumericsError."""
+        tokens = self.to_numpy(tokens_W)[: len(samplers)]
+        if (tokens < 0).any():
+            raise not_finite()
+        for sampler, token in zip(samplers, tokens.tolist(), strict=True):
+            sampler.take(token)
+        return Drawn(tokens, None)

@@ -1,0 +1,325 @@
+"""The CuPy backend on a GPU: every figure of it, in one run, with what was predicted before one was at hand.
+
+machine    read bandwidth (a kernel that reads 4 GiB and adds) and bf16 matmul rate (8192 cubed, by cuBLAS);
+decode     tokens per second and weight bytes per second of Qwen3 shapes, batch 1 and 8, and what the host does per token;
+prefill    4096 tokens at once, arithmetic over the matmul rate;
+mixture    the same of Qwen3-30B-A3B, by the bytes of the experts that a token is given;
+layers     mixtures and latent attention by the layer (bench.gpu_layers);
+peers      transformers in the same process on the same weights, eager and compiled, where PyTorch is installed.
+
+Weights are random bf16. The best round counts; the clock runs from before the first token is asked for to after the last one
+has come back to the host.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bench import counting, gpu_layers
+from bench.canon import about
+from bench.numba import Figure
+from bench.processes import note
+from npllm.bench import SHAPES
+from npllm.errors import NpllmError
+from npllm.handles import Handle, Stack
+from npllm.llm import LLM
+from npllm.model import Model
+from npllm.models import interpret
+from npllm.registry import get_backend
+from npllm.weights import Spec, build_tree
+
+QWEN3_8B: dict[str, Any] = {
+    "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+    "tie_word_embeddings": False, "max_position_embeddings": 40960,
+}  # fmt: skip
+
+QWEN3_30B: dict[str, Any] = {
+    "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
+    "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+    "tie_word_embeddings": False, "max_position_embeddings": 40960, "num_experts": 128, "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768, "norm_topk_prob": True,
+}  # fmt: skip
+
+MODELS = {"Qwen3-0.6B": SHAPES["qwen3-0.6b"], "Qwen3-8B": QWEN3_8B}
+
+# Fewer of everything, to see that all of it runs.
+TINY = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 32,
+}  # fmt: skip
+
+# What was predicted for an H200 from published measurements of others, before any of this had run on one.
+PREDICTED = {
+    "read bandwidth, TB/s": 4.3,
+    "bf16 matmul, TFLOP/s": 780.0,
+    "Qwen3-0.6B decode, tokens/s": 1513.0,
+    "Qwen3-8B decode: weight bytes per second / read bandwidth": 0.87,
+    "Qwen3-0.6B decode, batch 8 / batch 1": 6.5,
+    "Qwen3-8B decode, batch 8 / batch 1": 7.0,
+    "Qwen3-8B prefill of 4096: arithmetic / matmul rate": 0.8,
+    "Qwen3-0.6B decode / transformers eager": 10.0,
+    "Qwen3-0.6B decode / transformers compiled": 2.5,
+    "Qwen3-8B decode / transformers eager": 2.3,
+    "Qwen3-8B decode / transformers compiled": 1.3,
+    "Qwen3-30B-A3B decode: active bytes per second / read bandwidth": 0.68,
+    "Qwen3-30B-A3B: experts' bytes per second / bandwidth, batch 1": 0.75,
+    "DeepSeek-V2-Lite, decode at 8192, batch 32: bytes per second / bandwidth": 0.75,
+    "DeepSeek-V3, decode at 8192, batch 32: arithmetic / matmul rate": 0.4,
+}
+
+READ = r"""
+extern "C" __global__ void read_all(const uint4* from, long long count, unsigned* out) {
+    unsigned sum = 0;
+    long long step = (long long)gridDim.x * blockDim.x;
+    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i + 3 * step < count; i += 4 * step) {
+        uint4 a = from[i], b = from[i + step], c = from[i + 2 * step], d = from[i + 3 * step];
+        sum += a.x ^ a.y ^ a.z ^ a.w ^ b.x ^ b.y ^ b.z ^ b.w ^ c.x ^ c.y ^ c.z ^ c.w ^ d.x ^ d.y ^ d.z ^ d.w;
+    }
+    if (sum == 0x12345678u) *out = sum;
+}
+"""
+
+
+class Machine(NamedTuple):
+    """Bytes per second that can be read, and multiply-adds times two per second in bf16."""
+
+    bandwidth: float
+    matmul: float
+
+
+def measured(cupy: Any) -> Machine:
+    """The limits of the current GPU."""
+    kernel, out = cupy.RawKernel(READ, "read_all"), cupy.zeros(1, cupy.uint32)
+    block = cupy.random.default_rng(0).integers(0, 2**31, 1 << 28, dtype=cupy.uint32)
+    memory = cupy.concatenate([block] * 4)
+    blocks = 8 * cupy.cuda.Device().attributes["MultiProcessorCount"]
+    reading = [_elapsed(cupy, lambda: kernel((blocks,), (512,), (memory, memory.nbytes // 16, out))) for _ in range(10)]
+    bandwidth = memory.nbytes / min(reading)
+    import ml_dtypes
+
+    size = 8192
+    a, b = (
+        cupy.random.default_rng(i).standard_normal((size, size), dtype="float32").astype(ml_dtypes.bfloat16) for i in (1, 2)
+    )
+    multiplying = [_elapsed(cupy, lambda: a @ b) for _ in range(10)]
+    return Machine(bandwidth, 2 * size**3 / min(multiplying))
+
+
+def _elapsed(cupy: Any, work: Callable[[], Any]) -> float:
+    begin, end = cupy.cuda.Event(), cupy.cuda.Event()
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(cupy.cuda.get_elapsed_time(begin, end)) / 1e3
+
+
+def random_model(be: Any, values: dict[str, Any], name: str) -> LLM:
+    """A model with bf16 weights: matrices that keep the activations' scale, gains of 1 and a little."""
+    described = interpret(values, name)
+    spec = described.architecture.weight_spec(described.config)
+    tree = build_tree(spec, random_handles(spec), be.prepare)
+    return LLM(Model(described.architecture, described.config, tree, spec), be, name=name)
+
+
+def random_handles(spec: Spec) -> dict[str, Handle]:
+    made: dict[str, Handle] = {}
+    for name, tensor in spec.items():
+        if tensor.alias is not None:
+            continue
+        # Experts are copies of one: each has memory of its own on the GPU.
+        shape = tensor.shape[1:] if tensor.forms else tensor.shape
+        weight = gpu_layers.stored(name, shape, 1.0 if tensor.part == "norm" else shape[-1] ** -0.5)
+        made[name] = Stack(name, (weight,) * tensor.shape[0]) if tensor.forms else weight
+    return made
+
+
+class Run(NamedTuple):
+    """What every group needs to know."""
+
+    be: Any
+    machine: Machine
+    rounds: int
+    new: int
+    prompt: int
+    models: dict[str, dict[str, Any]]
+    tiny: bool
+
+
+def decode(this: Run, llm: LLM) -> Iterator[Figure]:
+    """Tokens per second of one row and of eight, and where a token's time goes."""
+    seconds = {batch: rate(this, llm, batch) for batch in (1, 8)}
+    size = counting.active_bytes(llm.config, llm.model.spec)
+    speed = size * seconds[1] / this.machine.bandwidth
+    shown = f"{seconds[1]:.0f} tokens/s, {size * seconds[1] / 1e12:.2f} TB/s"
+    big = "8B" in llm.name
+    yield Figure(f"{llm.name} decode: weight bytes per second / read bandwidth", speed, 0.85 if big else 0.33, shown=shown)
+    yield Figure(f"{llm.name} decode, tokens/s", seconds[1], 0.0 if big else 1200.0)
+    shown = f"{seconds[8]:.0f} tokens/s in all"
+    yield Figure(f"{llm.name} decode, batch 8 / batch 1", seconds[8] / seconds[1], 6.0, shown=shown)
+
+
+def rate(this: Run, llm: LLM, batch: int) -> float:
+    """Tokens per second, of all rows together."""
+    prompts = [[7 + row] for row in range(batch)]
+
+    def once() -> float:
+        outputs = llm.generate(prompts, max_tokens=this.new + 1, temperature=0, ignore_eos=True)
+        return float(outputs[0].timings.generation_per_second)
+
+    once()
+    return max(once() for _ in range(this.rounds))
+
+
+def prefill(this: Run, llm: LLM) -> Iterator[Figure]:
+    tokens_T = np.random.default_rng(0).integers(0, llm.config.vocab_size, this.prompt)
+    least = math.inf
+    for _ in range(this.rounds + 1):
+        began = time.perf_counter()
+        llm.forward(tokens_T, logits="last")
+        least = min(least, time.perf_counter() - began)
+    flops = counting.prompt_flops(llm.config, llm.model.spec, this.prompt)
+    shown = f"{this.prompt / least:.0f} tokens/s, {flops / least / 1e12:.0f} TFLOP/s"
+    name = f"{llm.name} prefill of {this.prompt}: arithmetic / matmul rate"
+    yield Figure(name, flops / least / this.machine.matmul, 0.75 if "8B" in llm.name else 0.0, shown=shown)
+
+
+def peers(this: Run, llm: LLM) -> Iterator[Figure]:
+    """transformers on the very arrays that the backend multiplies with."""
+    from bench.contestants.transformers_gpu import TransformersGpu
+
+    ours = rate(this, llm, 1)
+    big = "8B" in llm.name
+    for kind, reach in (("eager", 2.0 if big else 8.0), ("compiled", 1.2 if big else 2.0)):
+        peer = TransformersGpu(llm, compiled=kind == "compiled")
+        theirs = max(peer.rate(this.new) for _ in range(this.rounds + 1))
+        yield Figure(f"{llm.name} decode / transformers {kind}", ours / theirs, reach, shown=f"{theirs:.0f} tokens/s there")
+        del peer
+
+
+def mixture(this: Run) -> Iterator[Figure]:
+    """A whole mixture, all layers of which fit into 80 GiB."""
+    name, smaller = "Qwen3-30B-A3B", TINY | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    llm = random_model(this.be, QWEN3_30B | (smaller if this.tiny else {}), name)
+    tokens = rate(this, llm, 1)
+    size = counting.active_bytes(llm.config, llm.model.spec, llm.config.router.experts_per_token)
+    shown = f"{tokens:.0f} tokens/s, {size * tokens / 1e12:.2f} TB/s"
+    speed = size * tokens / this.machine.bandwidth
+    yield Figure(f"{name} decode: active bytes per second / read bandwidth", speed, 0.6, shown=shown)
+
+
+def layers(this: Run) -> Iterator[Figure]:
+    if this.tiny:
+        yield from gpu_layers.mixture(this.be, gpu_layers.TINY_MIXTURE, this.machine.bandwidth, 1)
+        yield from gpu_layers.latents(this.be, gpu_layers.TINY_LATENTS, *this.machine, 1)
+        return
+    yield from gpu_layers.mixture(this.be, gpu_layers.QWEN3_30B, this.machine.bandwidth)
+    for of in (gpu_layers.V2_LITE, gpu_layers.V3):
+        yield from gpu_layers.latents(this.be, of, *this.machine)
+
+
+def run(rounds: int = 3, only: str = "") -> dict[str, Any]:
+    """All figures; `only` names words of the groups that are wanted. SystemExit in one line where there is no GPU."""
+    try:
+        be: Any = get_backend("cupy", dtype="bfloat16")
+    except NpllmError as error:
+        raise SystemExit(f"python -m bench gpu: {error}") from None
+    machine = measured(be.device.cupy)
+    this = Run(be, machine, rounds, 128, 4096, MODELS, False)
+    figures, failures = collected(this, [word for word in only.split(",") if word])
+    return written(this, figures, failures, gpu_about(be))
+
+
+def collected(this: Run, words: list[str]) -> tuple[list[Figure], dict[str, str]]:
+    """The figures of the groups that are wanted, and why others are missing."""
+    figures: list[Figure] = []
+    failures: dict[str, str] = {}
+
+    def group(name: str, work: Callable[[], Iterator[Figure]]) -> None:
+        if words and not any(word in name for word in words):
+            return
+        note(name)
+        try:
+            for figure in work():
+                figures.append(figure)
+        except Exception as error:  # one group that fails must not cost the others, nor the time on the machine
+            failures[name] = f"{type(error).__name__}: {error}"
+
+    for name, values in this.models.items():
+        if words and not any(word in f"{name} decode prefill peers" for word in words):
+            continue
+        llm = random_model(this.be, values, name)
+        for part in (decode, prefill, peers):
+            group(f"{name} {part.__name__}", lambda part=part, llm=llm: part(this, llm))
+        del llm
+        this.be.device.release()
+    group("mixture", lambda: mixture(this))
+    this.be.device.release()
+    group("layers", lambda: layers(this))
+    return figures, failures
+
+
+def written(this: Run, figures: list[Figure], failures: dict[str, str], where: dict[str, Any]) -> dict[str, Any]:
+    known = {"read bandwidth, TB/s": this.machine.bandwidth / 1e12, "bf16 matmul, TFLOP/s": this.machine.matmul / 1e12}
+    return {
+        "schema": "npllm.bench.gpu/1",
+        **about(),
+        **where,
+        "rounds": this.rounds,
+        "limits": known,
+        "figures": [figure._asdict() | {"predicted": PREDICTED.get(figure.name)} for figure in figures],
+        "predicted_limits": {name: PREDICTED[name] for name in known},
+        "failures": failures,
+    }
+
+
+def gpu_about(be: Any) -> dict[str, Any]:
+    """The GPU, its driver and versions, the commit."""
+    device = be.device
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
+    commit = ["git", "rev-parse", "HEAD"]
+    return {
+        "gpu": {"name": device.name, "architecture": device.architecture, "smi": said(query)},
+        "compiler": device.compiler,
+        "dependent_launch": device.dependent,
+        "cupy": device.cupy.__version__,
+        "commit": said(commit),
+        "python": platform.python_version(),
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def results_file(figures: dict[str, Any]) -> Path:
+    """Where the figures are kept when nobody says where."""
+    return Path(__file__).parent / "results" / f"gpu-{figures['date']}.json"
+
+
+def said(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError as error:
+        return str(error)
+    return done.stdout.strip() or done.stderr.strip()
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures with their predictions, and the machine's limits, as Markdown."""
+    lines = ["| figure | to reach | predicted | reached | |", "|---|---|---|---|---|"]
+    for name, value in figures["limits"].items():
+        lines.append(f"| {name} | | {figures['predicted_limits'][name]:g} | {value:.2f} | |")
+    for each in figures["figures"]:
+        reach = f"at least {each['reach']:g}" if each["reach"] else ""
+        predicted = "" if each["predicted"] is None else f"{each['predicted']:g}"
+        lines.append(f"| {each['name']} | {reach} | {predicted} | {each['value']:.2f} | {each['shown']} |")
+    lines += ["", f"{figures.get('gpu', {}).get('smi', '')}; {figures['date']}; commit {figures.get('commit', '')}."]
+    return "\n".join([*lines, *(f"{name}: {reason}." for name, reason in figures["failures"].items())])

@@ -1,0 +1,201 @@
+// What a .cu file of the backend sees in the place of CUDA when g++ compiles it: one fiber per thread, blocks one by one.
+#pragma once
+#define NPLLM_EMULATED 1
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__
+#define __align__(n) __attribute__((aligned(n)))
+// Blocks run one by one, so one copy serves; the section is poisoned before each block.
+#define __shared__ static __attribute__((section("npllm_shared"), aligned(16)))
+
+struct Index3 { unsigned x, y, z; };
+struct uint2 { unsigned x, y; };
+struct __align__(16) uint4 { unsigned x, y, z, w; };
+struct float2 { float x, y; };
+struct __align__(16) float4 { float x, y, z, w; };
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+// -- the runtime (runtime.cpp) ----------------------------------------------------------------------------------------
+extern "C" {
+extern Index3 threadIdx, blockIdx, blockDim, gridDim;
+extern unsigned emu_lane_of_block;       // the running thread's number in its block
+extern unsigned char *emu_shared;        // dynamic shared memory
+void emu_block_barrier();
+void emu_warp_barrier();
+unsigned *emu_exchange(unsigned words);  // room of the running warp for 32 lanes x words; another one at each call
+int emu_run(const Index3 *grid, const Index3 *block, unsigned shared, unsigned seed, void (*kernel)(void **), void **args,
+            unsigned char *begin, unsigned char *end);
+
+#ifndef EMU_RUNTIME
+float expf(float); float exp2f(float); float logf(float); float log2f(float); float tanhf(float); float erff(float); float erfcf(float);
+float sinf(float); float cosf(float); float sqrtf(float); float fmaf(float, float, float); float fmaxf(float, float);
+float fminf(float, float); float fabsf(float); float floorf(float); float powf(float, float); float log1pf(float);
+double floor(double); double ceil(double);
+void *memcpy(void *, const void *, unsigned long);
+#endif
+}
+
+inline void __syncthreads() { emu_block_barrier(); }
+inline void __syncwarp(unsigned = ~0u) { emu_warp_barrier(); }
+inline void __threadfence() {}
+inline float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
+inline unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
+inline int __float_as_int(float f) { return (int)__float_as_uint(f); }
+inline float __int_as_float(int i) { return __uint_as_float((unsigned)i); }
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+inline bool isnan(float x) { return x != x; }
+inline bool isinf(float x) { return fabsf(x) == __builtin_inff(); }
+inline bool isfinite(float x) { return fabsf(x) < __builtin_inff(); }
+template <class T> inline T min(T a, T b) { return b < a ? b : a; }
+template <class T> inline T max(T a, T b) { return a < b ? b : a; }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(unsigned x) { return __builtin_ffs((int)x); }
+
+template <class T> inline T emu_shuffle(T value, unsigned source) {
+    static_assert(sizeof(T) == 4, "shuffles move 4 bytes");
+    unsigned lane = emu_lane_of_block & 31, *room = emu_exchange(1);
+    memcpy(room + lane, &value, 4);
+    emu_warp_barrier();
+    memcpy(&value, room + (source & 31), 4);
+    return value;
+}
+template <class T> inline T __shfl_sync(unsigned, T value, int source) { return emu_shuffle(value, source); }
+template <class T> inline T __shfl_xor_sync(unsigned, T value, int mask) {
+    return emu_shuffle(value, (emu_lane_of_block & 31) ^ mask);
+}
+template <class T> inline T __shfl_down_sync(unsigned, T value, unsigned delta) {
+    unsigned lane = emu_lane_of_block & 31;
+    return emu_shuffle(value, lane + delta < 32 ? lane + delta : lane);
+}
+template <class T> inline T __shfl_up_sync(unsigned, T value, unsigned delta) {
+    unsigned lane = emu_lane_of_block & 31;
+    return emu_shuffle(value, lane >= delta ? lane - delta : lane);
+}
+inline unsigned __ballot_sync(unsigned, int predicate) {
+    unsigned *room = emu_exchange(1), result = 0;
+    room[emu_lane_of_block & 31] = predicate != 0;
+    emu_warp_barrier();
+    for (int i = 0; i < 32; i++) result |= (room[i] & 1) << i;
+    return result;
+}
+
+template <class T> inline T emu_update(T *place, T value) { T old = *place; *place = value; return old; }
+template <class T> inline T atomicAdd(T *place, T value) { return emu_update(place, (T)(*place + value)); }
+template <class T> inline T atomicMax(T *place, T value) { return emu_update(place, max(*place, value)); }
+template <class T> inline T atomicMin(T *place, T value) { return emu_update(place, min(*place, value)); }
+template <class T> inline T atomicExch(T *place, T value) { return emu_update(place, value); }
+template <class T> inline T atomicCAS(T *place, T expected, T value) {
+    return emu_update(place, *place == expected ? value : *place);
+}
+
+// -- twins of what common.cuh writes in PTX ---------------------------------------------------------------------------
+#define DYNAMIC_SHARED(name) unsigned char *name = emu_shared
+inline void wait_for_inputs() {}
+inline void release_dependents() {}
+template <class T> inline T load_once(const T *p) { return *p; }
+template <class T> inline T load_shared_by_blocks(const T *p) { return *p; }
+inline void prefetch_l2(const void *) {}
+inline float f16_to_float(unsigned bits) {
+    unsigned sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 31, mantissa = bits & 1023;
+    if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | mantissa << 13);
+    if (exponent) return __uint_as_float(sign | (exponent + 112) << 23 | mantissa << 13);
+    float tiny = (float)mantissa * 5.9604644775390625e-8f;
+    return sign ? -tiny : tiny;
+}
+
+// Copies to shared memory are done when they are waited for, and no sooner: a wait that is missing shows as poison.
+struct EmuCopy { void *to; const void *from; bool zero; };
+struct EmuCopies { EmuCopy queue[64]; int group[64]; int count, groups; };
+extern "C" EmuCopies *emu_copies();
+inline void copy_async16(void *shared, const void *global, bool valid = true) {
+    EmuCopies *c = emu_copies();
+    if (c->count == 64) __builtin_trap();
+    c->group[c->count] = c->groups;
+    c->queue[c->count++] = {shared, global, !valid};
+}
+inline void copy_async_commit() { emu_copies()->groups++; }
+template <int LEFT> inline void copy_async_wait() {
+    EmuCopies *c = emu_copies();
+    int kept = 0;
+    for (int i = 0; i < c->count; i++) {
+        if (c->group[i] >= c->groups - LEFT) { c->queue[kept] = c->queue[i]; c->group[kept++] = c->group[i]; continue; }
+        if (c->queue[i].zero) __builtin_memset(c->queue[i].to, 0, 16); else memcpy(c->queue[i].to, c->queue[i].from, 16);
+    }
+    c->count = kept;
+}
+
+// ldmatrix.x4.trans: matrices are [8 rows][8 numbers of 2 bytes].
+inline void load_turned(unsigned pairs[4], const void *row) {
+    unsigned *room = emu_exchange(2), lane = emu_lane_of_block & 31;
+    if ((unsigned long)row % 16) __builtin_trap();
+    memcpy(room + 2 * lane, &row, 8);
+    emu_warp_barrier();
+    for (int matrix = 0; matrix < 4; matrix++) {
+        unsigned short both[2];
+        for (int i = 0; i < 2; i++) {
+            const unsigned short *numbers;
+            memcpy(&numbers, room + 2 * (matrix * 8 + lane % 4 * 2 + i), 8);
+            both[i] = numbers[lane / 4];
+        }
+        pairs[matrix] = both[0] | (unsigned)both[1] << 16;
+    }
+}
+
+// ldmatrix.x4.
+inline void load_matrices(unsigned pairs[4], const void *row) {
+    unsigned *room = emu_exchange(2), lane = emu_lane_of_block & 31;
+    if ((unsigned long)row % 16) __builtin_trap();
+    memcpy(room + 2 * lane, &row, 8);
+    emu_warp_barrier();
+    for (int matrix = 0; matrix < 4; matrix++) {
+        const unsigned char *numbers;
+        memcpy(&numbers, room + 2 * (matrix * 8 + lane / 4), 8);
+        memcpy(pairs + matrix, numbers + lane % 4 * 4, 4);
+    }
+}
+
+// mma.sync.m16n8k16, bf16 pairs, float32 sums: fragments as in the PTX ISA, "Matrix fragments for mma.m16n8k16".
+inline void mma_bf16(float d[4], const unsigned a[4], const unsigned b[2]) {
+    unsigned *room = emu_exchange(6), lane = emu_lane_of_block & 31, group = lane >> 2, pair = lane & 3;
+    for (int i = 0; i < 4; i++) room[lane * 6 + i] = a[i];
+    for (int i = 0; i < 2; i++) room[lane * 6 + 4 + i] = b[i];
+    emu_warp_barrier();
+    for (int i = 0; i < 4; i++) {
+        unsigned row = group + (i >> 1) * 8, column = pair * 2 + (i & 1);
+        float sum = 0;
+        for (int k = 0; k < 16; k++) {
+            unsigned half = k >> 3, within = k & 7;
+            unsigned x = room[((row & 7) * 4 + (within >> 1)) * 6 + (row >> 3) + half * 2];
+            unsigned y = room[(column * 4 + (within >> 1)) * 6 + 4 + half];
+            float left = __uint_as_float(k & 1 ? x & 0xffff0000u : x << 16);
+            float right = __uint_as_float(k & 1 ? y & 0xffff0000u : y << 16);
+            sum = fmaf(left, right, sum);
+        }
+        d[i] += sum;
+    }
+}
+
+// -- calling a kernel with an array of pointers to its arguments, as the driver does ------------------------------------
+template <int...> struct EmuIndices {};
+template <int N, int... I> struct EmuCount : EmuCount<N - 1, N - 1, I...> {};
+template <int... I> struct EmuCount<0, I...> { typedef EmuIndices<I...> type; };
+template <class T> struct EmuPlain { typedef T type; };
+template <class T> struct EmuPlain<const T> { typedef T type; };
+template <class... A, int... I> inline void emu_apply(void (*kernel)(A...), void **args, EmuIndices<I...>) {
+    kernel(*(typename EmuPlain<A>::type *)args[I]...);
+}
+template <class... A> inline void emu_call(void (*kernel)(A...), void **args) {
+    emu_apply(kernel, args, typename EmuCount<sizeof...(A)>::type());
+}
+extern unsigned char __start_npllm_shared[] __attribute__((weak, visibility("hidden")));
+extern unsigned char __stop_npllm_shared[] __attribute__((weak, visibility("hidden")));
+#define EMU_ENTRY(kernel)                                                                                              \
+    static void emu_entry_##kernel(void **args) { emu_call(kernel, args); }                                            \
+    extern "C" int emu_launch_##kernel(const Index3 *grid, const Index3 *block, unsigned shared, unsigned seed, void **args) { \
+        return emu_run(grid, block, shared, seed, emu_entry_##kernel, args, __start_npllm_shared, __stop_npllm_shared); \
+    }

@@ -1,0 +1,177 @@
+"""The device: kernels compiled by g++, launches that run at once, graphs that run them again."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from npllm.arrays import Array, DTypeLike
+from npllm.backends.cupy_gpu.backend import CupyBackend
+from npllm.backends.cupy_gpu.cublaslt import Products
+from npllm.backends.cupy_gpu.device import Argument, Device, Grid, Kernel, Memory, Packed
+from npllm.backends.cupy_gpu.sources import kernels, source
+from tests.gpu.emulator.arrays import SESSION, DeviceArray, Module, plain
+from tests.gpu.emulator.launches import Launch, Launches
+
+HERE = Path(__file__).parent
+
+OPTIONS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-fno-strict-aliasing")
+
+PROBLEMS = {1: "a barrier that some threads never reach", 2: "copies to shared memory that nobody waited for"}
+
+# What arrays begin at multiples of on a GPU.
+ALIGNMENT = 256
+
+POISON = 0xFF
+
+GPU_MEMORY = 1 << 30
+
+
+def built(name: str, text: str, *more: str) -> Path:
+    """A shared library made of a C++ text, kept from run to run."""
+    digest = hashlib.blake2b("\0".join((text, *OPTIONS, *more)).encode(), digest_size=10).hexdigest()
+    folder = Path(os.environ.get("NPLLM_EMULATOR_CACHE", Path(tempfile.gettempdir()) / f"npllm-emulator-{os.getuid()}"))
+    folder.mkdir(exist_ok=True)
+    library = folder / f"{name}-{digest}.so"
+    if library.exists():
+        return library
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        made = Path(temporary) / "made.so"
+        command = ["g++", *OPTIONS, "-x", "c++", "-", "-x", "none", *more, "-o", str(made)]
+        result = subprocess.run(command, input=text, text=True, capture_output=True)
+        if result.returncode:
+            raise RuntimeError(f"{name}: {result.stderr[:4000]}")
+        made.replace(library)
+    return library
+
+
+class Emulator(Device):
+    """A small GPU: few multiprocessors, so that small cases are cut into splits too."""
+
+    xp = Module()
+    name = "emulator"
+    architecture = 90
+    multiprocessors = 4
+    shared_limit = 227 * 1024
+
+    def __init__(self, memory: int = GPU_MEMORY) -> None:
+        self.header = (HERE / "cuda_on_cpu.h").read_text()
+        runtime = (HERE / "runtime.cpp").read_text().replace('#include "cuda_on_cpu.h"', self.header)
+        self.runtime = built("runtime", runtime)
+        self.limit = memory
+        self.kernels: dict[tuple[Any, ...], Kernel] = {}
+        self.launches: Launches | None = None
+        self.seed = 0
+        self.recording: list[Callable[[], None]] | None = None
+
+    def empty(self, shape: Sequence[int], dtype: DTypeLike) -> Array:
+        shape = tuple(shape)
+        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        room = np.full(size + ALIGNMENT, POISON, np.uint8)
+        begin = -room.ctypes.data % ALIGNMENT
+        return room[begin : begin + size].view(dtype).reshape(shape).view(DeviceArray)
+
+    def upload(self, array: Array) -> Array:
+        SESSION.read("upload")
+        made = self.empty(array.shape, array.dtype)
+        plain(made)[...] = array
+        return made
+
+    def download(self, array: Array) -> Array:
+        SESSION.read("download")
+        return plain(array).copy()
+
+    def write(self, array: Array, values: Array) -> None:
+        SESSION.read("write")
+        assert (array.dtype, array.shape) == (values.dtype, values.shape)
+        plain(array)[...] = values
+
+    def mapped(self, array: Array) -> Array:
+        return self.upload(array)
+
+    def address(self, array: Array) -> int:
+        if not isinstance(array, DeviceArray):
+            raise TypeError(f"a kernel was given {type(array)}, not an array of the device")
+        return int(plain(array).ctypes.data)
+
+    def kernel(self, file: str, name: str, defines: Mapping[str, int]) -> Kernel:
+        key = (file, name, *sorted(defines.items()))
+        if key not in self.kernels:
+            macros = tuple(sorted(defines.items()))
+            entries = "".join(f"EMU_ENTRY({each})\n" for each in kernels(file))
+            text = self.header + "".join(f"#define {macro} {value}\n" for macro, value in macros) + source(file) + entries
+            library = ctypes.CDLL(str(built(file.removesuffix(".cu"), text, str(self.runtime))))
+            self.kernels[key] = Kernel(file, name, macros, getattr(library, f"emu_launch_{name}"))
+        return self.kernels[key]
+
+    def launch(self, kernel: Kernel, grid: Grid, block: int, args: Iterable[Argument], shared: int = 0) -> None:
+        if not (block in range(32, 1025, 32) and shared <= self.shared_limit and min(grid) > 0):
+            raise ValueError(f"{kernel.name} on a grid of {grid}, {block} threads and {shared} bytes each")
+        launch = Launch(kernel, grid, block, shared, tuple(args))
+        packed = Packed(launch.args, self.address)
+
+        def run() -> None:
+            self.seed += 1
+            if self.launches is not None:
+                self.launches.add(launch)
+            sizes = (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(block, 1, 1)
+            outcome = kernel.handle(*sizes, shared, self.seed, packed.pointers)
+            if outcome:
+                raise RuntimeError(f"{kernel.file}: {kernel.name} {dict(kernel.defines)}: {PROBLEMS[outcome]}")
+
+        run()
+        if SESSION.calls is not None:
+            SESSION.calls.append(run)
+
+    def capture(self, function: Callable[[], Array]) -> tuple[Replay, Array]:
+        SESSION.calls = calls = []
+        try:
+            result = function()
+        finally:
+            SESSION.calls = None
+        return Replay(calls), result
+
+    def blas(self) -> Products | None:
+        return None
+
+    def memory(self) -> Memory:
+        return Memory(self.limit, self.limit)
+
+    def guarded(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def release(self) -> None:
+        pass
+
+
+class Replay:
+    """The calls of a captured function."""
+
+    def __init__(self, calls: list[Callable[[], None]]) -> None:
+        self.calls = calls
+
+    def launch(self) -> None:
+        for call in self.calls:
+            call()
+
+
+class EmulatedBackend(CupyBackend):
+    """The backend on the emulator."""
+
+    xp: ClassVar[Any] = Emulator.xp
+    shared_device: ClassVar[Emulator | None] = None
+
+    @classmethod
+    def open_device(cls) -> Device:
+        if EmulatedBackend.shared_device is None:
+            EmulatedBackend.shared_device = Emulator()
+        return EmulatedBackend.shared_device

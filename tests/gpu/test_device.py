@@ -1,0 +1,208 @@
+"""What stands between the backend and a GPU: what is said where there is none, the driver's structures, kept code."""
+
+from __future__ import annotations
+
+import builtins
+import ctypes
+import logging
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from npllm import registry
+from npllm.backend import log_once
+from npllm.backends.cupy_gpu import cuda
+from npllm.errors import BackendError, MemoryLimitError, NotInstalledError
+from npllm.registry import get_backend
+
+
+class RefusedError(RuntimeError):
+    """What CuPy's runtime raises."""
+
+
+def pretended(error: str = "", *, count: int = 1, capability: str = "90") -> Any:
+    """A CuPy whose runtime says so."""
+
+    def count_devices() -> int:
+        if error:
+            raise RefusedError(error)
+        return count
+
+    runtime = SimpleNamespace(
+        getDeviceCount=count_devices,
+        CUDARuntimeError=RefusedError,
+        runtimeGetVersion=lambda: 13000,
+        driverGetVersion=lambda: 12040,
+    )
+    gpu = SimpleNamespace(compute_capability=capability)
+    return SimpleNamespace(cuda=SimpleNamespace(runtime=runtime, Device=lambda: gpu))
+
+
+WRONG = {
+    "no driver": ("cudaErrorInsufficientDriver", None, r"no NVIDIA driver is installed .*: install it"),
+    "old driver": (
+        "cudaErrorInsufficientDriver",
+        "12.4",
+        r"the NVIDIA driver knows CUDA 12.4, CuPy is made for CUDA 13.0: update",
+    ),
+    "no GPU": ("cudaErrorNoDevice: no CUDA-capable device", "13.0", r"no NVIDIA GPU is visible \(nvidia-smi lists them"),
+    "another": ("cudaErrorSystemNotReady", "13.0", r"the NVIDIA GPU cannot be used: cudaErrorSystemNotReady"),
+}
+
+
+@pytest.mark.parametrize("why", WRONG)
+def test_what_is_wrong_with_gpu_or_driver(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    error, driver, message = WRONG[why]
+    monkeypatch.setattr(cuda, "driver_version", lambda: driver)
+    with pytest.raises(BackendError, match=message) as raised:
+        cuda.check_gpu(pretended(error))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_gpu_that_is_too_old_or_hidden() -> None:
+    with pytest.raises(BackendError, match=r"compute capability 7\.5; kernels need 8\.0"):
+        cuda.check_gpu(pretended(capability="75"))
+    with pytest.raises(BackendError, match="no NVIDIA GPU is visible"):
+        cuda.check_gpu(pretended(count=0))
+    cuda.check_gpu(pretended())
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (
+            ModuleNotFoundError("No module named 'cupy'", name="cupy"),
+            NotInstalledError,
+            r"CuPy is not installed: pip install 'npllm",
+        ),
+        (
+            ImportError("CuPy failed to load\nlibnvrtc.so.12: no such file"),
+            BackendError,
+            r"not for this machine's CUDA \(libnvrtc",
+        ),
+    ],
+)
+def test_cupy_that_is_missing_or_for_another_cuda(
+    error: ImportError, kind: type[BackendError], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = builtins.__import__
+
+    def importing(name: str, *args: Any, **options: Any) -> Any:
+        if name == "cupy":
+            raise error
+        return real(name, *args, **options)
+
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.setattr(builtins, "__import__", importing)
+    with pytest.raises(kind, match=message):
+        cuda.cupy_module()
+
+
+def test_memory_that_runs_out_is_an_error_of_ours_and_is_given_back() -> None:
+    class OutOfMemoryError(MemoryError):
+        """CuPy's."""
+
+    given_back: list[bool] = []
+    device = SimpleNamespace(
+        cupy=SimpleNamespace(cuda=SimpleNamespace(memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError))),
+        release=lambda: given_back.append(True),
+        memory=lambda: SimpleNamespace(free=3 << 30),
+    )
+    guard: Any = cuda.MemoryErrors(device)  # type: ignore[arg-type]
+    with pytest.raises(MemoryLimitError, match=r"the GPU's memory is full \(3\.0 GiB is free\): lower max_context"), guard:
+        raise OutOfMemoryError
+    with pytest.raises(ZeroDivisionError), guard:
+        raise ZeroDivisionError
+    assert given_back == [True]
+
+
+@pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Any:
+        raise BackendError("no NVIDIA GPU is visible")
+
+    cuda.gpu.cache_clear()
+    monkeypatch.setattr(cuda, "gpu", none)
+    log_once.cache_clear()
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_named_it_is_an_error_and_auto_moves_on_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(BackendError, match=r"^backend 'cupy' cannot run here: no NVIDIA GPU is visible$"):
+        get_backend("cupy")
+    assert "no NVIDIA GPU" in registry.available_backends()["cupy"]
+    for _ in range(2):
+        assert get_backend("auto").name != "cupy"
+    assert [record.levelname for record in caplog.records if "cupy" in record.message] == ["WARNING"]
+
+
+def test_auto_says_nothing_of_a_package_that_nobody_installed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def missing() -> Any:
+        raise NotInstalledError("CuPy is not installed")
+
+    log_once.cache_clear()
+    monkeypatch.setattr(cuda, "gpu", missing)
+    assert get_backend("auto").name != "cupy"
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_structures_of_the_driver() -> None:
+    """Sizes and places of cuda.h."""
+    assert (ctypes.sizeof(cuda.Attribute), cuda.Attribute.value.offset) == (72, 8)
+    assert (ctypes.sizeof(cuda.Configuration), cuda.Configuration.stream.offset) == (56, 32)
+
+
+def test_code_is_kept_and_a_damaged_file_counts_as_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = []
+    monkeypatch.setenv("NPLLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(cuda, "compile_cubin", lambda text, name, *key: made.append(key) or b"machine code")
+    for macros, compiler, count in (((), "13.0", 1), ((), "13.0", 1), ((("WIDE", 1),), "13.0", 2), ((), "13.1", 3)):
+        assert cuda.cubin("norms.cu", 90, macros, compiler) == b"machine code"
+        assert len(made) == count
+    assert cuda.cubin("norms.cu", 80, (), "13.0") == b"machine code"
+    for file in (tmp_path / "cuda").iterdir():
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    assert cuda.cubin("norms.cu", 90, (), "13.0") == b"machine code"
+    assert len(made) == 5
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the kernels for the CPU, and is not installed")
+def test_a_model_that_does_not_fit_is_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import npllm
+    from tests.gpu.emulator import EmulatedBackend, Emulator
+    from tests.models import make_checkpoint
+
+    make_checkpoint(tmp_path)
+    folder = tmp_path
+    monkeypatch.setattr(EmulatedBackend, "shared_device", Emulator(memory=1000))
+    monkeypatch.setattr("npllm.loading.get_backend", lambda *args, **options: EmulatedBackend("float32"))
+    for weights in ("auto", "memory"):
+        with pytest.raises(MemoryLimitError, match=r"the weights need \d+ MiB, 0 MiB of memory is free .*quantize it"):
+            npllm.load(folder, backend="cupy", weights=weights)
+    with pytest.raises(MemoryLimitError, match="keeps weights in the GPU's memory"):
+        npllm.load(folder, backend="cupy", weights="disk")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the kernels for the CPU, and is not installed")
+def test_the_emulator_notices_what_a_gpu_would_not() -> None:
+    """A barrier that some threads do not reach, numbers that nobody wrote, a NumPy array in a kernel's place."""
+    from npllm.backends.cupy_gpu.device import Out
+    from tests.gpu.emulator import Emulator
+
+    device = Emulator()
+    kernel = device.kernel("append.cu", "append", {"STORED": 0})
+    with pytest.raises(TypeError, match="not an array of the device"):
+        device.launch(kernel, (1, 1, 1), 32, (np.zeros(3), Out(device.empty((3,), "float32"))))
+    assert np.isnan(device.download(device.empty((3,), "float32"))).all()
+    x = device.upload(np.arange(3.0))
+    with pytest.raises(TypeError, match="upload it"):
+        x + np.arange(3.0)
+    with pytest.raises(TypeError, match="download it"):
+        x.__array__()

@@ -1,0 +1,145 @@
+"""Experts and latent attention in every storage format, few tokens and many, against the canon on the same weights."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+
+if shutil.which("g++") is None:
+    pytest.skip("g++ compiles the kernels for the CPU, and is not installed", allow_module_level=True)
+
+from npllm import grouped
+from npllm.arrays import Array
+from npllm.backend import Backend
+from npllm.backends.cupy_gpu.latent import TILES, shared_bytes
+from npllm.backends.cupy_gpu.sources import source
+from npllm.blocks.dtypes import round_to_bfloat16
+from npllm.blocks.masks import CAUSAL
+from npllm.cache import Keys, Rows
+from npllm.handles import Scale, Stack, Weight
+from npllm.testing import compare
+from npllm.weights import Experts, Linear
+from tests.compare import LIMITS
+from tests.gpu.emulator import EmulatedBackend
+from tests.gpu.emulator.device import built
+
+# Queries, keys, values, the softmax's weights and kv_b's products are rounded to bf16, each by up to 2^-9.
+COARSE = compare.Limit(1e-2, 3e-2, "five roundings of 2^-9 in sums of some ten terms")
+
+FORMATS = ("f32", "f16", "bf16", "f8_e4m3", "q8", "q4")
+
+some_formats = pytest.mark.parametrize(
+    "format", [pytest.param(name, marks=[] if name in ("f8_e4m3", "q4") else pytest.mark.full) for name in FORMATS]
+)
+
+
+def agree(got: Array, want: Array, limit: compare.Limit = LIMITS["reordered"]) -> None:
+    compare.agree(got.astype(np.float64), want, limit)
+
+
+def stored(name: str, x_FD: Array, format: str) -> Weight:
+    """Normal numbers in a format; FP8 in blocks of 16 x 32, the last ones partial."""
+    plain = Weight.of(name, x_FD.astype(np.float16 if format == "f16" else np.float32))
+    if format in ("f32", "f16"):
+        return plain
+    if format == "bf16":
+        return Weight(name, plain.shape, format, round_to_bfloat16(np, plain.data))
+    if format in grouped.PACKED:
+        return grouped.quantised(plain, format)
+    dice = np.random.default_rng(len(name))
+    codes = dice.integers(0, 0x78, x_FD.shape).astype(np.uint8) | np.where(x_FD < 0, 0x80, 0).astype(np.uint8)
+    factors = dice.uniform(0.5, 2.0, tuple(-(-n // b) for n, b in zip(x_FD.shape, (16, 32), strict=True)))
+    scale = Scale(Weight.of("factors", (factors * 2.0**-8).astype(np.float32)), (16, 32), (0, 0))
+    return Weight(name, x_FD.shape, format, codes, scale=scale)
+
+
+def prepared(be: Backend, bundle: Any) -> Any:
+    return be.prepare(bundle)
+
+
+def run(be: Backend, weights: Experts, x: Array, index: Array, weight: Array, weigh: str) -> Array:
+    mixture = prepared(be, weights)
+    x, weight = (be.asarray(each.astype(be.array_dtype)) for each in (x, weight))
+    return be.to_numpy(be.moe(x, mixture, be.asarray(index), weight, "silu", weigh=weigh))
+
+
+@pytest.mark.parametrize("tokens", [3, 20])
+@some_formats
+def test_experts(format: str, tokens: int) -> None:
+    """Weighted on the output and on the input; a number that is no expert's takes part in nothing."""
+    dice, E, F, D, C = np.random.default_rng(6), 5, 64, 96, 3
+    parts = {
+        name: [stored(f"{name}.{e}", dice.standard_normal(shape) / 8.0, format) for e in range(E)]
+        for name, shape in {"gate": (F, D), "up": (F, D), "down": (D, F)}.items()
+    }
+    weights = Experts(*(Linear(Stack(name, tuple(each))) for name, each in parts.items()))
+    x, weight = dice.standard_normal((tokens, D)), dice.uniform(0.2, 1.0, (tokens, C))
+    index = np.array([dice.permutation(E)[:C] for _ in range(tokens)])
+    for weigh in ("output", "input"):
+        want = run(Backend("float64"), weights, x, index, weight, weigh)
+        agree(run(EmulatedBackend("float32"), weights, x, index, weight, weigh), want)
+    strange = index.copy()
+    strange[1, 0], strange[2, 1] = E, -1
+    without = np.where((strange < 0) | (strange >= E), 0.0, weight)
+    want = run(Backend("float64"), weights, x, np.clip(strange, 0, E - 1), without, "output")
+    got = run(EmulatedBackend("float32"), weights, x, strange, weight, "output")
+    agree(got, want)
+
+
+@pytest.mark.parametrize("stored_keys", ["float32", "bfloat16"])
+@some_formats
+def test_absorbed_latents(format: str, stored_keys: str) -> None:
+    """kv_b_proj in every format, keys in both types and in pages, rows of different lengths."""
+    dice, H, nope, J, V, L = np.random.default_rng(8), 4, 16, 8, 12, 64
+    w = stored("kv_b", dice.standard_normal((H * (nope + V), L)) / 8.0, format)
+    x_BSGK = dice.standard_normal((5, 8, 1, L + J)).astype(np.float32)
+    if stored_keys == "bfloat16":
+        x_BSGK = (x_BSGK.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    pages, counts = ((3, 1, 4), (0, 2, 2)), (19, 9)
+    q_MHF = dice.standard_normal((3, H, nope + J)).astype(np.float32)
+
+    def attended(be: Backend) -> Array:
+        real = be.array_dtype
+        storage: Any = x_BSGK.astype(real)
+        widen = None
+        if stored_keys == "bfloat16" and real == "float32":
+            storage, widen = round_to_bfloat16(np, x_BSGK), "float32"
+        storage = be.asarray(storage)
+        keys = Keys(storage, storage[..., :L], (0, 0), counts, (0, 0), (0, 0), be.xp, widen, pages)
+        rows = Rows((0, 1), (17, 8), (2, 1), be.asarray(np.array([17, 18, 8])))
+        linear = Linear(*prepared(be, Linear(w)))
+        scale = (nope + J) ** -0.5
+        return be.to_numpy(be.latent_attention(be.asarray(q_MHF.astype(real)), keys, rows, linear, mask=CAUSAL, scale=scale))
+
+    want = attended(Backend("float64"))
+    agree(attended(EmulatedBackend("float32")), want)
+    agree(attended(EmulatedBackend("stored")), want, COARSE)
+
+
+def test_the_same_bits_every_time() -> None:
+    """Blocks and threads take turns in another order at each launch."""
+    dice = np.random.default_rng(9)
+    parts = [
+        [stored(f"{i}.{e}", dice.standard_normal(s), "bf16") for e in range(6)]
+        for i, s in enumerate(((32, 48), (32, 48), (48, 32)))
+    ]
+    weights = Experts(*(Linear(Stack("experts", tuple(each))) for each in parts))
+    for tokens in (4, 30):
+        x, weight = dice.standard_normal((tokens, 48)), dice.uniform(0.2, 1.0, (tokens, 4))
+        index = np.array([dice.permutation(6)[:4] for _ in range(tokens)])
+        first, *others = (run(EmulatedBackend("stored"), weights, x, index, weight, "output") for _ in range(3))
+        for other in others:
+            np.testing.assert_array_equal(first, other)
+
+
+@pytest.mark.parametrize("tiles", TILES)
+def test_shared_memory_is_what_the_kernel_lays_out(tiles: int) -> None:
+    device = EmulatedBackend("stored").device
+    macros = {"STORED": 2, "WIDTH": 576, "LATENT": 512, "HEAD_TILES": tiles}
+    text = device.header + "".join(f"#define {name} {value}\n" for name, value in macros.items())
+    text += source("latent_attention.cu") + 'extern "C" int size() { return sizeof(Shared); }\n'
+    assert ctypes.CDLL(str(built("size", text, str(device.runtime)))).size() == shared_bytes(576, tiles)
