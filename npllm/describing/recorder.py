@@ -189,6 +189,12 @@ class Log:
     frame: FrameType | None = None
 
 
+def check_width(op: str, numbers: int) -> None:
+    """ConfigError where an operation gives more numbers per token than any model's."""
+    if numbers > MOST_WIDTH:
+        raise ConfigError(f"{op} would give {numbers:,} numbers per token: too wide")
+
+
 class Recorder(Backend):
     """The backend of a recorded pass, or of one layer of it."""
 
@@ -214,8 +220,7 @@ class Recorder(Backend):
 
     def record(self, op: str, shape: tuple[int, ...], read: Iterable[Any], weights: Iterable[Any], **details: Any) -> Traced:
         """Note an operation -> zeros in the shape of its result; ConfigError where that is beyond any model."""
-        if math.prod(shape) > TOKENS * MOST_WIDTH:
-            raise ConfigError(f"{op or 'arithmetic'} would give {math.prod(shape) // TOKENS:,} numbers per token: too wide")
+        check_width(op or "arithmetic", math.prod(shape) // TOKENS)
         self.log.index = self.index
         event = self._begin(op, sys._getframe(1))
         event.shape, event.details = shape, details
@@ -293,6 +298,7 @@ class Recorder(Backend):
         return made
 
     def angles(self, rope: Rope, positions_M: Array, /) -> Angles:
+        check_width("rope", rope.dim)
         made = super().angles(rope, np.asarray(positions_M))
         self.log.ropes.append((made, rope))
         return made
