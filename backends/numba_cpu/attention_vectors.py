@@ -32,7 +32,7 @@ SCORES = 8
 SUMS = 16 if LANES == 16 else 8
 
 # Bytes of a head's keys or values that are on their way while others are read.
-FETCHED = 4096
+FETCHED = 8192
 
 NEGATIVE_INFINITY = -math.inf
 
