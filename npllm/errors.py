@@ -46,7 +46,3 @@ class NumericsError(NpllmError, ArithmeticError):
 
 class BackendError(NpllmError, RuntimeError):
     """A backend is unknown, cannot load, or (under `strict=True`) declines an operation."""
-
-
-class NotInstalledError(BackendError):
-    """A backend needs a package that is not installed: nobody asked for it yet, so "auto" passes it by in silence."""

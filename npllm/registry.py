@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 from typing import Any, NamedTuple
 
 from npllm.backend import Backend, log_once
 from npllm.config import nearest
-from npllm.errors import BackendError, NotInstalledError
+from npllm.errors import BackendError
 
 
 class Candidate(NamedTuple):
@@ -16,11 +17,17 @@ class Candidate(NamedTuple):
 
     least_parameters  a smaller model runs on "numpy" about as fast, and begins at once: there is nothing to compile.
     slow              dtypes that it computes in no faster than "numpy".
+    package           one that it needs and that few have: where it is not installed, "auto" passes by in silence.
     """
 
     name: str
     least_parameters: int = 0
     slow: tuple[str, ...] = ()
+    package: str = ""
+
+    @property
+    def installed(self) -> bool:
+        return not self.package or importlib.util.find_spec(self.package) is not None
 
     def unsuited(self, dtype: str | None, parameters: int | None) -> str:
         """Why "numpy" does as well for a model of so many parameters (None: unknown); "" where it does not."""
@@ -32,7 +39,10 @@ class Candidate(NamedTuple):
 
 
 # "auto" takes the first of these that is installed, loads and suits, else "numpy".
-PREFERENCE = (Candidate("cupy", 50_000_000, ("float64",)), Candidate("numba", 50_000_000, ("float64",)))
+PREFERENCE = (
+    Candidate("cupy", 50_000_000, ("float64",), package="cupy"),
+    Candidate("numba", 50_000_000, ("float64",)),
+)
 
 
 def available_backends() -> dict[str, str]:
@@ -65,13 +75,14 @@ def get_backend(
     if name != "auto":
         return make(name)
     registered = _registered()
-    candidates = {each.name: each.unsuited(dtype, parameters) for each in PREFERENCE if each.name in registered}
+    there = [each for each in PREFERENCE if each.name in registered and each.installed]
+    candidates = {each.name: each.unsuited(dtype, parameters) for each in there}
     problems = []
     for candidate in (name for name, unsuited in candidates.items() if not unsuited):
         try:
             return make(candidate, "auto: the fastest that loads")
         except BackendError as error:
-            log_once(f"backend auto: {error}", logging.INFO if isinstance(error, NotInstalledError) else logging.WARNING)
+            log_once(f"backend auto: {error}", logging.WARNING)
             problems.append(str(error))
     passed = [unsuited for unsuited in candidates.values() if unsuited]
     try:
@@ -118,5 +129,5 @@ def _load(name: str) -> type[Backend]:
     try:
         backend.check()
     except BackendError as error:
-        raise type(error)(f"backend {name!r} cannot run here: {error}") from error
+        raise BackendError(f"backend {name!r} cannot run here: {error}") from error
     return backend

@@ -23,7 +23,7 @@ from npllm.backend import log_once
 from npllm.backends.cupy_gpu import cublaslt
 from npllm.backends.cupy_gpu.device import Argument, CannotCaptureError, Device, Grid, Kernel, Memory, Packed
 from npllm.backends.cupy_gpu.sources import source
-from npllm.errors import BackendError, MemoryLimitError, NotInstalledError
+from npllm.errors import BackendError, MemoryLimitError
 from npllm.machine import cache_root, gibibytes
 
 # The least compute capability: cp.async and bf16 products.
@@ -48,7 +48,7 @@ def cupy_module() -> Any:
         import cupy
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
-            raise NotInstalledError(f"CuPy is not installed: {INSTALL}") from None
+            raise BackendError(f"CuPy is not installed: {INSTALL}") from None
         why = str(error).strip().splitlines()[-1] if str(error).strip() else "it cannot be imported"
         raise BackendError(f"CuPy is installed, but not for this machine's CUDA ({why}): {INSTALL}") from None
     return cupy

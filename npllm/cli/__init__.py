@@ -52,18 +52,12 @@ VERBS = {
     "doctor": doctor,
 }
 
-EXAMPLES = """\
-examples:
-  npllm generate "How many experts does DeepSeek V3 activate per token?"
-"""
-
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="npllm",
         usage="npllm VERB [options]",
-        description="Runs open LLMs from plain NumPy. Without --model, one that ships with npllm.",
-        epilog=EXAMPLES,
+        description='Runs open LLMs from plain NumPy. Its own answers: npllm generate "What is MLA?"',
     )
     parser.add_argument("--version", action="version", version=f"npllm {__version__}")
     verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True, prog="npllm")

@@ -20,7 +20,7 @@ import argparse
 
 from npllm.cli import inspect, output
 
-HELP = "the forward pass of a model, step by step, with its numbers and the lines that compute it"
+HELP = "the forward pass, step by step, with a model's numbers"
 OPERANDS = "[MODEL]"
 
 EXAMPLES = """\

@@ -17,7 +17,7 @@ import pytest
 from npllm import registry
 from npllm.backend import log_once
 from npllm.backends.cupy_gpu import cuda
-from npllm.errors import BackendError, MemoryLimitError, NotInstalledError
+from npllm.errors import BackendError, MemoryLimitError
 from npllm.registry import get_backend
 
 
@@ -73,23 +73,16 @@ def test_a_gpu_that_is_too_old_or_hidden() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "kind", "message"),
+    ("error", "message"),
     [
-        (
-            ModuleNotFoundError("No module named 'cupy'", name="cupy"),
-            NotInstalledError,
-            r"CuPy is not installed: pip install 'npllm",
-        ),
+        (ModuleNotFoundError("No module named 'cupy'", name="cupy"), r"CuPy is not installed: pip install 'npllm"),
         (
             ImportError("CuPy failed to load\nlibnvrtc.so.12: no such file"),
-            BackendError,
             r"not for this machine's CUDA \(libnvrtc",
         ),
     ],
 )
-def test_cupy_that_is_missing_or_for_another_cuda(
-    error: ImportError, kind: type[BackendError], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cupy_that_is_missing_or_for_another_cuda(error: ImportError, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
     def importing(name: str, *args: Any, **options: Any) -> Any:
@@ -99,7 +92,7 @@ def test_cupy_that_is_missing_or_for_another_cuda(
 
     monkeypatch.delitem(sys.modules, "cupy", raising=False)
     monkeypatch.setattr(builtins, "__import__", importing)
-    with pytest.raises(kind, match=message):
+    with pytest.raises(BackendError, match=message):
         cuda.cupy_module()
 
 
@@ -132,7 +125,10 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("without_gpu")
-def test_named_it_is_an_error_and_auto_moves_on_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_named_it_is_an_error_and_auto_moves_on_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(registry, "PREFERENCE", (registry.Candidate("cupy"), *registry.PREFERENCE[1:]))
     with pytest.raises(BackendError, match=r"^backend 'cupy' cannot run here: no NVIDIA GPU is visible$"):
         get_backend("cupy")
     assert "no NVIDIA GPU" in registry.available_backends()["cupy"]
@@ -144,12 +140,12 @@ def test_named_it_is_an_error_and_auto_moves_on_and_says_so_once(caplog: pytest.
 def test_auto_says_nothing_of_a_package_that_nobody_installed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def missing() -> Any:
-        raise NotInstalledError("CuPy is not installed")
-
     log_once.cache_clear()
-    monkeypatch.setattr(cuda, "gpu", missing)
-    assert get_backend("auto").name != "cupy"
+    missing = registry.Candidate("cupy", package="no_such_package")
+    monkeypatch.setattr(registry, "PREFERENCE", (missing, *registry.PREFERENCE[1:]))
+    be = get_backend("auto")
+    assert be.name != "cupy"
+    assert "cupy" not in be.why
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 

@@ -16,7 +16,7 @@ from npllm.backends.cupy_gpu.device import CannotCaptureError
 from tests.strict import STRICT
 
 
-class Session:
+class Stream:
     """What happens to arrays: how often the host read one, and the calls of the graph that is being captured."""
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Session:
         return wrapped(result)
 
 
-SESSION = Session()
+STREAM = Stream()
 
 
 def written_later(function: Callable[..., Any]) -> bool:
@@ -88,16 +88,16 @@ class DeviceArray(np.ndarray[Any, Any]):
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
         function = ufunc if method == "__call__" else getattr(ufunc, method)
-        return SESSION.do(reduced(function), inputs, kwargs)
+        return STREAM.do(reduced(function), inputs, kwargs)
 
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        return SESSION.do(reduced(function), args, kwargs)
+        return STREAM.do(reduced(function), args, kwargs)
 
     def __getitem__(self, index: Any) -> Any:
         part = plain(self)[plain(index)]
         if isinstance(part, np.ndarray) and np.may_share_memory(part, plain(self)):
             return part.view(DeviceArray)
-        return SESSION.do(lambda x, i: np.asarray(x[i]), (self, index), {})
+        return STREAM.do(lambda x, i: np.asarray(x[i]), (self, index), {})
 
     def __setitem__(self, index: Any, value: Any) -> None:
         here, index, value = plain(self), plain(index), plain_checked(value)
@@ -106,27 +106,27 @@ class DeviceArray(np.ndarray[Any, Any]):
             here[index] = value
 
         assign()
-        if SESSION.calls is not None:
-            SESSION.calls.append(assign)
+        if STREAM.calls is not None:
+            STREAM.calls.append(assign)
 
     def copy(self, *args: Any, **kwargs: Any) -> Any:
-        return SESSION.do(np.ndarray.copy, (self, *args), kwargs)
+        return STREAM.do(np.ndarray.copy, (self, *args), kwargs)
 
     def astype(self, *args: Any, **kwargs: Any) -> Any:
-        return SESSION.do(np.ndarray.astype, (self, *args), kwargs)
+        return STREAM.do(np.ndarray.astype, (self, *args), kwargs)
 
     def reshape(self, *args: Any, **kwargs: Any) -> Any:
         shaped = plain(self).reshape(*args, **kwargs)
         if np.may_share_memory(shaped, plain(self)):
             return shaped.view(DeviceArray)
-        return SESSION.do(np.ndarray.reshape, (self, *args), kwargs)
+        return STREAM.do(np.ndarray.reshape, (self, *args), kwargs)
 
     def tolist(self) -> Any:
-        SESSION.read("tolist")
+        STREAM.read("tolist")
         return plain(self).tolist()
 
     def item(self, *args: Any) -> Any:
-        SESSION.read("item")
+        STREAM.read("item")
         return plain(self).item(*args)
 
     def __bool__(self) -> bool:
@@ -166,12 +166,12 @@ class Module:
             return as_array
         if not callable(function):
             return function
-        return lambda *args, **kwargs: SESSION.do(reduced(function), args, kwargs)
+        return lambda *args, **kwargs: STREAM.do(reduced(function), args, kwargs)
 
 
 def as_array(x: Any, dtype: Any = None) -> Array:
     """`x` on the device: numbers of the host go there, which no graph can hold."""
     if isinstance(x, DeviceArray):
         return x if dtype is None or x.dtype == dtype else x.astype(dtype)
-    SESSION.read("asarray of what the host holds")
+    STREAM.read("asarray of what the host holds")
     return np.array(x, dtype).view(DeviceArray)

@@ -19,7 +19,7 @@ from npllm.backends.cupy_gpu.backend import CupyBackend
 from npllm.backends.cupy_gpu.cublaslt import Products
 from npllm.backends.cupy_gpu.device import Argument, Device, Grid, Kernel, Memory, Packed
 from npllm.backends.cupy_gpu.sources import kernels, source
-from tests.gpu.emulator.arrays import SESSION, DeviceArray, Module, plain
+from tests.gpu.emulator.arrays import STREAM, DeviceArray, Module, plain
 from tests.gpu.emulator.launches import Launch, Launches
 
 HERE = Path(__file__).parent
@@ -81,17 +81,17 @@ class Emulator(Device):
         return room[begin : begin + size].view(dtype).reshape(shape).view(DeviceArray)
 
     def upload(self, array: Array) -> Array:
-        SESSION.read("upload")
+        STREAM.read("upload")
         made = self.empty(array.shape, array.dtype)
         plain(made)[...] = array
         return made
 
     def download(self, array: Array) -> Array:
-        SESSION.read("download")
+        STREAM.read("download")
         return plain(array).copy()
 
     def write(self, array: Array, values: Array) -> None:
-        SESSION.read("write")
+        STREAM.read("write")
         assert (array.dtype, array.shape) == (values.dtype, values.shape)
         plain(array)[...] = values
 
@@ -129,15 +129,15 @@ class Emulator(Device):
                 raise RuntimeError(f"{kernel.file}: {kernel.name} {dict(kernel.defines)}: {PROBLEMS[outcome]}")
 
         run()
-        if SESSION.calls is not None:
-            SESSION.calls.append(run)
+        if STREAM.calls is not None:
+            STREAM.calls.append(run)
 
     def capture(self, function: Callable[[], Array]) -> tuple[Replay, Array]:
-        SESSION.calls = calls = []
+        STREAM.calls = calls = []
         try:
             result = function()
         finally:
-            SESSION.calls = None
+            STREAM.calls = None
         return Replay(calls), result
 
     def blas(self) -> Products | None:
