@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import npllm
-from npllm import backend
+from npllm import backend, registry
 from npllm.arrays import Array
 from npllm.backend import OPERATIONS, Backend, accelerates
 from npllm.errors import ArgumentError, BackendError
@@ -222,8 +222,9 @@ def test_a_backend_that_cannot_load_says_why(register: Callable[..., None]) -> N
 
 @pytest.mark.usefixtures("forgotten")
 def test_auto_takes_the_first_that_loads_and_says_once_what_it_passed(
-    register: Callable[..., None], caplog: pytest.LogCaptureFixture
+    register: Callable[..., None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(registry, "PREFERENCE", (registry.Candidate("cupy"), *registry.PREFERENCE[1:]))
     caplog.set_level(logging.INFO, "npllm")
     register(numba="Other", cupy=None)
     assert type(get_backend("auto")) is type(get_backend("auto")) is Other
