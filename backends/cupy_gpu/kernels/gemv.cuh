@@ -127,6 +127,17 @@ __device__ __forceinline__ void multiply(
     }
 }
 
+// Where rows n0, n0 + 1, ... of a matrix and their factors lie; those behind the last are the last.
+template <int N>
+__device__ __forceinline__ void find_rows(const Matrix &m, i64 n0, const uint4 **row, const u8 **factors) {
+#pragma unroll
+    for (int r = 0; r < N; r++) {
+        i64 n = min(n0 + r, m.rows - 1);
+        row[r] = row_of(m, n);
+        factors[r] = factors_of(m, n);
+    }
+}
+
 // N rows of matrices of one layout, a warp's own, times all tokens: in every lane, the sums of the whole warp.
 template <int N>
 __device__ __forceinline__ void products(

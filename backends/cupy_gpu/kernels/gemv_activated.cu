@@ -8,12 +8,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) gemv_activated(
     i64 n0 = ((i64)blockIdx.x * WARPS + WARP) * ROWS;
     const uint4 *row[ROWS];
     const u8 *factors[ROWS];
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        i64 n = min(n0 + r, m.rows - 1);
-        row[r] = row_of(m, n);
-        factors[r] = factors_of(m, n);
-    }
+    find_rows<ROWS>(m, n0, row, factors);
     Sums<ROWS> sums;
     products<ROWS>(SOURCE_GIVEN, m, row, factors, (float4 *)staged, sums);
     if (LANE) return;

@@ -9,14 +9,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) gemv_gated(
     i64 n0 = ((i64)blockIdx.x * WARPS + WARP) * HALF;
     const uint4 *row[ROWS];
     const u8 *factors[ROWS];
-#pragma unroll
-    for (int r = 0; r < HALF; r++) {
-        i64 n = min(n0 + r, gate.rows - 1);
-        row[r] = row_of(gate, n);
-        factors[r] = factors_of(gate, n);
-        row[HALF + r] = row_of(up, n);
-        factors[HALF + r] = factors_of(up, n);
-    }
+    find_rows<HALF>(gate, n0, row, factors);
+    find_rows<HALF>(up, n0, row + HALF, factors + HALF);
     Sums<ROWS> sums;
     products<ROWS>(SOURCE_GIVEN, gate, row, factors, (float4 *)staged, sums);
     if (LANE) return;

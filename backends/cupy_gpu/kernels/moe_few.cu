@@ -15,14 +15,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) moe_hidden_few(
     Matrix gates = stack_entry(gate, known ? expert : 0), ups = stack_entry(up, known ? expert : 0);
     const uint4 *row[ROWS];
     const u8 *factors[ROWS];
-#pragma unroll
-    for (int r = 0; r < HALF; r++) {
-        i64 n = min(n0 + r, gate.rows - 1);
-        row[r] = row_of(gates, n);
-        factors[r] = factors_of(gates, n);
-        row[HALF + r] = row_of(ups, n);
-        factors[HALF + r] = factors_of(ups, n);
-    }
+    find_rows<HALF>(gates, n0, row, factors);
+    find_rows<HALF>(ups, n0, row + HALF, factors + HALF);
     Sums<ROWS> sums;
     products<ROWS>(
         x + choice / choices * width, 1, width, width, NO_NORM, nullptr, nullptr, 0.0f, 0.0f, gates, row, factors,
@@ -56,13 +50,9 @@ __device__ __forceinline__ void dots(const Matrix &m, i64 n0, const float *x, fl
     int vectors = vectors_of(m);
     const uint4 *row[ROWS];
     const u8 *factors[ROWS];
+    find_rows<ROWS>(m, n0, row, factors);
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        i64 n = min(n0 + r, m.rows - 1);
-        row[r] = row_of(m, n);
-        factors[r] = factors_of(m, n);
-        sums[r] = 0;
-    }
+    for (int r = 0; r < ROWS; r++) sums[r] = 0;
     for (int first = 0; first < vectors; first += AHEAD * 32) {
         uint4 ahead[ROWS][AHEAD];
         fetch<ROWS>(row, first, vectors, ahead);
