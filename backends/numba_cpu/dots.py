@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 from npllm.backends.numba_cpu.arithmetic import BFLOAT16, FLOAT32, INT8
-from npllm.backends.numba_cpu.integers import dot_q4, dot_q8, dots_q4, dots_q8, twos_q4, twos_q8
+from npllm.backends.numba_cpu.integers import abreast_q4, abreast_q8, dots_q4, dots_q8, twos_q4, twos_q8
 from npllm.backends.numba_cpu.jit import called, inline
-from npllm.backends.numba_cpu.matrix import BF16, BLOCK_COLUMNS, COLUMNS, F8, F32, FORMAT, ORIGIN_COLUMN, Q8, ROW_BYTES
+from npllm.backends.numba_cpu.matrix import (
+    BF16,
+    BLOCK_COLUMNS,
+    COLUMNS,
+    F8,
+    F16,
+    F32,
+    FACTOR_ROW,
+    FORMAT,
+    ORIGIN_COLUMN,
+    Q8,
+    ROW_BYTES,
+)
 from npllm.backends.numba_cpu.memory import call, f32, word
-from npllm.backends.numba_cpu.rows import dot_row, factors_at, fill_rows, row_at
+from npllm.backends.numba_cpu.rows import factors_at, fill_rows, row_at
 from npllm.backends.numba_cpu.source import PAIRS
 from npllm.backends.numba_cpu.team import function_at
 from npllm.backends.numba_cpu.vectors import (
+    ABREAST,
     MORE,
     SEVERAL,
+    abreast_bf16,
+    abreast_f16,
+    abreast_f32,
+    abreast_pairs,
+    dot_f8,
     dot_f8_bf16,
     dot_f32,
     dot_pairs,
@@ -62,9 +80,7 @@ def multiply_rows(team, matrix, begin, end, x, x_row, tokens, arithmetic, room, 
 def _multiply_rows(matrix, begin, end, x, x_row, tokens, arithmetic, room, out):
     """Two rows meet SEVERAL tokens at once, one of each half: each is read ahead where no other lies on its page."""
     if tokens == 1:
-        y = f32(out, end - begin)
-        for n in range(begin, end):
-            y[n - begin] = dot(matrix, n, x, arithmetic, room)
+        _multiply_one(matrix, begin, end, x, arithmetic, room, out)
         return
     width, out_row, half = word(matrix, COLUMNS), together(tokens) * 4, (end - begin + 1) // 2
     if arithmetic == INT8:
@@ -84,6 +100,54 @@ def _multiply_rows(matrix, begin, end, x, x_row, tokens, arithmetic, room, out):
         for n in range(begin, end):
             row, _, kind = _ready(matrix, n, 0, 0, arithmetic, room)
             _multiply_more(row, x, x_row, tokens, width, kind, out + (n - begin) * out_row)
+
+
+@inline
+def _multiply_one(matrix, begin, end, x, arithmetic, room, out):
+    """One token meets ABREAST rows at once, as far apart as they can be; or one, where it has to be widened first."""
+    kind = word(matrix, FORMAT)
+    if kind == F8 or (kind >= Q8 and arithmetic != INT8) or (kind in (F32, F16) and arithmetic == BFLOAT16):
+        y = f32(out, end - begin)
+        for n in range(begin, end):
+            y[n - begin] = _dot(matrix, n, x, arithmetic, room)
+        return
+    apart = (end - begin + ABREAST - 1) // ABREAST
+    for n in range(begin, min(end, begin + apart)):
+        _multiply_abreast(matrix, n, apart, (end - 1 - n) // apart, x, arithmetic, out + (n - begin) * 4)
+
+
+@inline
+def _multiply_abreast(matrix, n, apart, last, x, arithmetic, out):
+    """Rows n, n + apart, ... up to n + last apart: their products lie as far from one another as they."""
+    kind, width = word(matrix, FORMAT), word(matrix, COLUMNS)
+    row, row_bytes = row_at(matrix, n), apart * word(matrix, ROW_BYTES)
+    if kind >= Q8:
+        factors, factor_row = factors_at(matrix, n), apart * word(matrix, FACTOR_ROW)
+        if kind == Q8:
+            abreast_q8(row, row_bytes, factors, factor_row, last, x, width, out, apart * 4)
+        else:
+            abreast_q4(row, row_bytes, factors, factor_row, last, x, width, out, apart * 4)
+    elif PAIRS and arithmetic == BFLOAT16:
+        abreast_pairs(row, row_bytes, last, x, width, out, apart * 4)
+    elif kind == BF16:
+        abreast_bf16(row, row_bytes, last, x, width, out, apart * 4)
+    elif kind == F16:
+        abreast_f16(row, row_bytes, last, x, width, out, apart * 4)
+    else:
+        abreast_f32(row, row_bytes, last, x, width, out, apart * 4)
+
+
+@inline
+def _dot(matrix, n, x, arithmetic, room):
+    """Row n of a matrix times prepared activations, where rows are widened first; `room` has space for one."""
+    kind, width, row = word(matrix, FORMAT), word(matrix, COLUMNS), row_at(matrix, n)
+    if kind == F8:
+        factors, block, origin = factors_at(matrix, n), word(matrix, BLOCK_COLUMNS), word(matrix, ORIGIN_COLUMN)
+        if PAIRS and arithmetic == BFLOAT16:
+            return dot_f8_bf16(row, x, width, factors, block, origin)
+        return dot_f8(row, x, width, factors, block, origin)
+    row, _, _ = _ready(matrix, n, 0, 0, arithmetic, room)
+    return dot_pairs(row, x, width) if PAIRS and arithmetic == BFLOAT16 else dot_f32(row, x, width)
 
 
 @inline
@@ -128,20 +192,3 @@ def _ready(matrix, n, step, last, arithmetic, room):
         at = n + i * step
         fill_rows(matrix, at, at + 1, 0, word(matrix, COLUMNS), arithmetic == BFLOAT16, room + i * room_row, 0)
     return room, room_row, PAIRED if pairs else F32
-
-
-@inline
-def dot(matrix, n, x, arithmetic, room):
-    """Row n of a matrix times prepared activations; `room` has space for a row."""
-    kind, width, row = word(matrix, FORMAT), word(matrix, COLUMNS), row_at(matrix, n)
-    if arithmetic == INT8:
-        if kind == Q8:
-            return dot_q8(row, factors_at(matrix, n), x, width)
-        return dot_q4(row, factors_at(matrix, n), x, width)
-    if arithmetic != BFLOAT16 or (not PAIRS and kind in (BF16, F8)):
-        return dot_row(matrix, n, x, room)
-    if PAIRS and kind == F8:
-        block, origin = word(matrix, BLOCK_COLUMNS), word(matrix, ORIGIN_COLUMN)
-        return dot_f8_bf16(row, x, width, factors_at(matrix, n), block, origin)
-    row, _, _ = _ready(matrix, n, 0, 0, arithmetic, room)
-    return dot_pairs(row, x, width) if PAIRS else dot_f32(row, x, width)

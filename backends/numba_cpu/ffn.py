@@ -18,8 +18,8 @@ from npllm.backends.numba_cpu.dots import multiply_rows, together
 from npllm.backends.numba_cpu.integer_tiles import ROWS_OF_GROUP, quantise_columns
 from npllm.backends.numba_cpu.integers import GROUP
 from npllm.backends.numba_cpu.jit import inline, kernel
-from npllm.backends.numba_cpu.linear import STREAM
-from npllm.backends.numba_cpu.matrix import COLUMNS, ROW_BYTES, ROWS
+from npllm.backends.numba_cpu.linear import stream_rows
+from npllm.backends.numba_cpu.matrix import COLUMNS, ROWS
 from npllm.backends.numba_cpu.memory import f32, u32, word
 from npllm.backends.numba_cpu.panels import NARROW, clear, pack, panel_bytes, panel_width, steps_of
 from npllm.backends.numba_cpu.products import FEW, Products, unprepared
@@ -34,8 +34,8 @@ from npllm.weights import MLP, GatedFFN, Linear
 # and up as descriptions of matrices and biases, or 0. Without `up` they are `act(gate)`.
 ARITHMETIC, ACT, GATE, GATE_BIAS, UP, UP_BIAS, HIDDEN_WORDS = range(7)
 
-# Rows of a block at most, where tokens are few, and products that are in memory at once.
-MOST_ROWS, AT_ONCE = 512, 2048
+# Products of few tokens that are in memory at once.
+AT_ONCE = 2048
 
 # -- few tokens -------------------------------------------------------------------------------------------------------
 
@@ -50,7 +50,7 @@ def hidden_few(args, team, thread, threads):
     for m in range(tokens):
         read_row(args, m, space + m * row_bytes)
         prepare_row(space + m * row_bytes, width, arithmetic)
-    rows, per, room = word(gate, ROWS), block_rows(gate), space + tokens * row_bytes
+    rows, per, room = word(gate, ROWS), stream_rows(gate, threads), space + tokens * row_bytes
     words = arithmetic, word(layer, ACT), gate, word(layer, GATE_BIAS), word(layer, UP), word(layer, UP_BIAS)
     while True:
         begin = next_chunk(team) * per
@@ -64,12 +64,6 @@ def hidden_few(args, team, thread, threads):
 def row_room(width):
     """Bytes for a row of prepared activations, whole cache lines."""
     return (width + 1 + 15) // 16 * 64
-
-
-@inline
-def block_rows(matrix):
-    """Rows that a thread takes at a time, where memory is the limit."""
-    return min(MOST_ROWS, max(1, STREAM // max(1, word(matrix, ROW_BYTES))))
 
 
 @inline

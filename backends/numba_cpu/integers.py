@@ -23,6 +23,7 @@ from numba.extending import intrinsic
 
 from npllm.backends.numba_cpu.jit import PATH
 from npllm.backends.numba_cpu.vectors import (
+    ABREAST,
     F32,
     I8,
     I16,
@@ -34,6 +35,7 @@ from npllm.backends.numba_cpu.vectors import (
     from_halves,
     rows_of,
     same,
+    store_rows,
     totals,
 )
 
@@ -164,46 +166,55 @@ def _store(e: Emit, block: ir.Value, groups: int, i: int, codes: ir.Value, scale
     e.store(scale, e.at(block, SCALES * groups + 4 * i), 4)
 
 
-class _Row:
-    """The product of a row of weights with prepared rows of activations."""
+class _Rows:
+    """The products of rows of weights with prepared rows of activations: of one with several, or of several with one."""
 
     def __init__(
-        self, e: Emit, kind: str, w: ir.Value, factors: ir.Value, rows: Sequence[ir.Value], width: ir.Value
-    ) -> None:
-        self.e, self.w, self.factors, self.rows, self.width = e, w, factors, rows, width
+        self, e: Emit, kind: str, weights: Sequence[ir.Value], factors: Sequence[ir.Value], rows: Sequence[ir.Value],
+        width: ir.Value,
+    ) -> None:  # fmt: skip
+        self.e, self.weights, self.factors, self.rows, self.width = e, weights, factors, rows, width
         self.size, self.parts, self.start = FORMATS[kind]
 
     def sums(self) -> list[ir.Value]:
-        """A vector for each row of activations."""
+        """A vector for each row of weights and each of activations."""
         e, lanes = self.e, self.size // 4
         one = ir.VectorType(F32, lanes)
-        rows = len(self.rows)
-        whole, single = _blocks(e, self.width, [e.zeros(ACROSS_OF)] * rows, [e.zeros(one)] * rows, self._block)
+        products = len(self.weights) * len(self.rows)
+        whole, single = _blocks(e, self.width, [e.zeros(ACROSS_OF)] * products, [e.zeros(one)] * products, self._block)
         if lanes < ACROSS:
             spread = [*range(lanes), *[lanes] * (ACROSS - lanes)]
             single = [e.shuffle(each, e.zeros(one), spread) for each in single]
         return [e.b.fadd(x, y) for x, y in zip(whole, single, strict=True)]
 
     def _block(self, groups: int, first: ir.Value, values: list[Any]) -> list[ir.Value]:
+        e, count = self.e, len(self.rows)
+        if groups > 1 and len(self.weights) == 1:
+            e.stream([e.at(self.weights[0], e.mul(first, self.size))], groups * self.size)
+        new = []
+        for i, (w, factors) in enumerate(zip(self.weights, self.factors, strict=True)):
+            new += self._row(w, factors, groups, first, values[i * count : (i + 1) * count])
+        return new
+
+    def _row(self, w: ir.Value, at: ir.Value, groups: int, first: ir.Value, values: list[Any]) -> list[Any]:
+        """`values` plus the products of one row of weights."""
         e, b = self.e, self.e.b
         per = min(groups, ACROSS * 4 // self.size)  # groups of a vector
         lanes, kind = per * self.size // 4, ir.VectorType(F32, groups)
-        if groups > 1:
-            e.stream([e.at(self.w, e.mul(first, self.size))], groups * self.size)
-        factors = from_halves(e, e.load(ir.VectorType(I16, groups), e.at(self.factors, e.mul(first, 2)), 2))
+        factors = from_halves(e, e.load(ir.VectorType(I16, groups), e.at(at, e.mul(first, 2)), 2))
         blocks = [e.at(row, e.mul(first, GROUP_BYTES)) for row in self.rows]
         scales = [b.fmul(factors, e.load(kind, e.at(block, SCALES * groups), 4)) for block in blocks]
         for i in range(0, groups, per):
-            place = e.at(self.w, e.mul(b.add(first, e.i64(i)), self.size))
+            place = e.at(w, e.mul(b.add(first, e.i64(i)), self.size))
             stored = e.load(ir.VectorType(I8, 4 * lanes), place)
-            weights = self._weights(stored)
+            weights = self._unsigned(stored)
             spread = [i + lane * per // lanes for lane in range(lanes)]
             products = [self._product(block, groups, i, stored, weights) for block in blocks]
             spreads = [e.shuffle(scale, scale, spread) for scale in scales]
             values = [e.fma(*each) for each in zip(products, spreads, values, strict=True)]
         return values
 
-    def _weights(self, stored: ir.Value) -> list[ir.Value]:
+    def _unsigned(self, stored: ir.Value) -> list[ir.Value]:
         """A vector of stored bytes as unsigned ones, for each part of the activations that they meet."""
         b, kind = self.e.b, stored.type
         if len(self.parts) > 1:
@@ -223,17 +234,18 @@ class _Row:
         return e.b.sitofp(summed(e, total, list(zip(weights, met, strict=True))), ir.VectorType(F32, sums.count))
 
 
-def _dot(e: Emit, kind: str, args: Sequence[ir.Value]) -> ir.Value:
-    w, factors, x, width = args
-    (vector,) = _Row(e, kind, w, factors, [x], width).sums()
-    return e.total(vector)
-
-
 def _dot_several(e: Emit, kind: str, tokens: int, args: Sequence[ir.Value]) -> None:
     """The products of one row of weights with some tokens; row i of x lies at `x + min(i, last) x_row`."""
     w, factors, x, x_row, last, width, out = args
-    row = _Row(e, kind, w, factors, rows_of(e, x, x_row, last, tokens), width)
-    e.store(totals(e, row.sums()), out, 4)
+    rows = _Rows(e, kind, [w], [factors], rows_of(e, x, x_row, last, tokens), width)
+    e.store(totals(e, rows.sums()), out, 4)
+
+
+def _dot_abreast(e: Emit, kind: str, args: Sequence[ir.Value]) -> None:
+    """The products of ABREAST rows of weights with one row; as npllm.backends.numba_cpu.vectors has them."""
+    w, w_row, factors, factor_row, last, x, width, out, out_row = args
+    weights, scales = rows_of(e, w, w_row, last, ABREAST), rows_of(e, factors, factor_row, last, ABREAST)
+    store_rows(e, totals(e, _Rows(e, kind, weights, scales, [x], width).sums()), out, out_row, last)
 
 
 @intrinsic
@@ -242,13 +254,13 @@ def quantise(typingctx, x, width):
 
 
 @intrinsic
-def dot_q8(typingctx, w, factors, x, width):
-    return emitting(types.float32, 4, lambda e, args: _dot(e, "q8", args))
+def abreast_q8(typingctx, w, w_row, factors, factor_row, last, x, width, out, out_row):
+    return emitting(types.void, 9, lambda e, args: _dot_abreast(e, "q8", args))
 
 
 @intrinsic
-def dot_q4(typingctx, w, factors, x, width):
-    return emitting(types.float32, 4, lambda e, args: _dot(e, "q4", args))
+def abreast_q4(typingctx, w, w_row, factors, factor_row, last, x, width, out, out_row):
+    return emitting(types.void, 9, lambda e, args: _dot_abreast(e, "q4", args))
 
 
 @intrinsic

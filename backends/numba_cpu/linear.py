@@ -16,17 +16,15 @@ from npllm.backends.numba_cpu.panels import NARROW, turned
 from npllm.backends.numba_cpu.source import COUNT, FORM, SOURCE_WORDS, WIDTH, read_row
 from npllm.backends.numba_cpu.team import next_chunk, scratch
 from npllm.backends.numba_cpu.tiles import PRODUCT_ROW, TOKENS, WIDENED, multiply
-from npllm.backends.numba_cpu.vectors import BLOCK, LANES, TOGETHER
+from npllm.backends.numba_cpu.vectors import ABREAST, BLOCK, LANES, TOGETHER
 
 # An output, OUTPUT_WORDS in a list: a matrix's description; where its product goes and how many bytes apart its rows are;
 # bias [F], or 0; residual and how many bytes apart its rows are, or 0.
 MATRIX, OUT, OUT_ROW, BIAS, RESIDUAL, RESIDUAL_ROW, OUTPUT_WORDS = range(7)
 
-# Bytes of weights that a thread takes at a time where memory is the limit.
-STREAM = 1 << 16
-
-# Rows that these are at most.
-MOST_ROWS = 2048
+# Bytes of weights, and rows, that a thread takes at a time at most where memory is the limit; and the parts at least, for
+# each thread, that a matrix then has, so that none waits long for another.
+STREAM, MOST_ROWS, SHARES = 1 << 18, 2048, 4
 
 
 # -- many tokens ------------------------------------------------------------------------------------------------------
@@ -99,7 +97,7 @@ def multiply_few(args, team, thread, threads):
     for i in range(count):
         output = outputs + i * OUTPUT_WORDS * 8
         matrix = word(output, MATRIX)
-        rows, per = word(matrix, ROWS), stream_rows(matrix)
+        rows, per = word(matrix, ROWS), stream_rows(matrix, threads)
         blocks = (rows + per - 1) // per
         while chunk - base < blocks:
             begin = (chunk - base) * per
@@ -117,6 +115,7 @@ def multiply_few(args, team, thread, threads):
 
 
 @inline
-def stream_rows(matrix):
+def stream_rows(matrix, threads):
     """Rows that a thread takes at a time, where memory is the limit."""
-    return min(MOST_ROWS, max(TOGETHER, STREAM // max(1, word(matrix, ROW_BYTES)) // TOGETHER * TOGETHER))
+    fitting, share = STREAM // max(1, word(matrix, ROW_BYTES)), word(matrix, ROWS) // (SHARES * threads)
+    return max(ABREAST, min(MOST_ROWS, fitting, share) // ABREAST * ABREAST)

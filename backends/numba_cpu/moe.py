@@ -18,8 +18,9 @@ from npllm.backends.numba_cpu.activations import ACTIVATIONS
 from npllm.backends.numba_cpu.arithmetic import FLOAT32, before_panels, prepare_row
 from npllm.backends.numba_cpu.base import Base, at
 from npllm.backends.numba_cpu.dots import multiply_rows, together
-from npllm.backends.numba_cpu.ffn import block_rows, features_of, hidden_panels, hidden_rows, row_room
+from npllm.backends.numba_cpu.ffn import features_of, hidden_panels, hidden_rows, row_room
 from npllm.backends.numba_cpu.jit import inline, kernel
+from npllm.backends.numba_cpu.linear import stream_rows
 from npllm.backends.numba_cpu.memory import f32, i64, word
 from npllm.backends.numba_cpu.norms import Norms
 from npllm.backends.numba_cpu.panels import NARROW, WIDE, clear, pack_rows, steps_of, turned
@@ -124,7 +125,7 @@ def hidden_of_few(args, team, thread, threads):
     """Hidden features [M C, F] of few tokens."""
     E, F, planned, space = word(args, EXPERTS), word(args, FEATURES), word(args, PLAN), scratch(team, thread)
     row_bytes, order = row_room(word(args, WIDTH)), planned + 8 * (1 + PLANNED * E)
-    per = block_rows(word(word(args, GATES), 0)) if E else 1
+    per = stream_rows(word(word(args, GATES), 0), threads) if E else 1
     blocks, seen = (F + per - 1) // per, -1
     while True:
         chunk = next_chunk(team)

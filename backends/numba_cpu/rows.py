@@ -1,4 +1,4 @@
-"""Rows of stored matrices: their dot product with a vector, and their numbers widened for the register tiles."""
+"""Rows of stored matrices, and their numbers widened."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from npllm.backends.numba_cpu.matrix import (
     BF16,
     BLOCK_COLUMNS,
     BLOCK_ROWS,
-    COLUMNS,
     DATA,
     F8,
-    F16,
     F32,
     FACTOR_ROW,
     FACTORS,
@@ -25,10 +23,6 @@ from npllm.backends.numba_cpu.matrix import (
 from npllm.backends.numba_cpu.memory import f32, u16, word
 from npllm.backends.numba_cpu.source import PAIRS, bf16, round_row, rounded
 from npllm.backends.numba_cpu.vectors import (
-    dot_bf16,
-    dot_f8,
-    dot_f16,
-    dot_f32,
     fill_f8,
     fill_f8_pairs,
     fill_q4,
@@ -50,22 +44,6 @@ def factors_at(matrix, n):
     """Where the factors of row n lie."""
     row = n if word(matrix, BLOCK_ROWS) == 1 else (n + word(matrix, ORIGIN_ROW)) // word(matrix, BLOCK_ROWS)
     return word(matrix, FACTORS) + row * word(matrix, FACTOR_ROW)
-
-
-@inline
-def dot_row(matrix, n, x, room):
-    """Row n times the float32 numbers at `x`; `room` has space for a row of float32 numbers."""
-    row, width, kind = row_at(matrix, n), word(matrix, COLUMNS), word(matrix, FORMAT)
-    if kind == BF16:
-        return dot_bf16(row, x, width)
-    if kind == F16:
-        return dot_f16(row, x, width)
-    if kind == F8:
-        return dot_f8(row, x, width, factors_at(matrix, n), word(matrix, BLOCK_COLUMNS), word(matrix, ORIGIN_COLUMN))
-    if kind != F32:
-        _fill_blocks(matrix, n, 0, width, False, room)
-        row = room
-    return dot_f32(row, x, width)
 
 
 @inline

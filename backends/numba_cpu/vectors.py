@@ -226,8 +226,11 @@ def _high_of_pairs(e: Emit, pairs: ir.Value) -> ir.Value:
     return e.b.bitcast(e.b.and_(pairs, same(VI, -0x10000)), VF)
 
 
-# Independent sums of a dot product: enough to hide the latency of a multiply-add.
-SUMS = 4
+# Independent sums at once: enough to hide the latency of a multiply-add.
+SUMS = 8
+
+# Rows of weights that one token meets at once, each from another page: memory gives more to several who read than to one.
+ABREAST = 4
 
 # Rows of weights and tokens that meet at once, where tokens are few; or one row and MORE tokens.
 TOGETHER, SEVERAL, MORE = 2, 4, 8
@@ -257,7 +260,8 @@ def _dots(e: Emit, kind: str, weights: Sequence[ir.Value], rows: Sequence[ir.Val
 
     def several(i: ir.Value, values: list[Any]) -> list[ir.Value]:
         offset, size = e.mul(i, wide), 2 if kind == "pairs" else NUMBERS[kind][1]
-        e.stream([e.at(w, e.mul(offset, size)) for w in weights], wide * size)
+        if len(weights) < ABREAST:
+            e.stream([e.at(w, e.mul(offset, size)) for w in weights], wide * size)
         return step(lanes, offset, values)
 
     sums = e.loop(b.sdiv(count, e.i64(wide)), [e.zeros(VF)] * (each * products), several)
@@ -385,6 +389,20 @@ def _dot_several(e: Emit, kind: str, together: int, tokens: int, args: Sequence[
         e.store(e.b.fadd(totals(e, vectors[part]), numbers), e.at(out, e.mul(out_row, i // tokens), i % tokens * 4), 4)
 
 
+def _dot_abreast(e: Emit, kind: str, args: Sequence[ir.Value]) -> None:
+    """The products of ABREAST rows of weights, row i at `w + min(i, last) w_row`, with one token, `out_row` bytes apart."""
+    w, w_row, last, x, count, out, out_row = args
+    sums = _dots(e, kind, rows_of(e, w, w_row, last, ABREAST), [x], count)
+    singles = [e.b.extract_element(single, ir.Constant(I32, 0)) for single in sums[ABREAST:]]
+    store_rows(e, e.b.fadd(totals(e, sums[:ABREAST]), gathered(e, singles)), out, out_row, last)
+
+
+def store_rows(e: Emit, vector: ir.Value, out: ir.Value, out_row: ir.Value, last: ir.Value) -> None:
+    """Number i of a vector goes to `out + min(i, last) out_row`."""
+    for i, place in enumerate(rows_of(e, out, out_row, last, vector.type.count)):
+        e.store(e.b.extract_element(vector, ir.Constant(I32, i)), place, 4)
+
+
 def rows_of(e: Emit, x: ir.Value, x_row: ir.Value, last: ir.Value, count: int) -> list[ir.Value]:
     return [e.at(x, e.mul(e.least(last, e.i64(i)), x_row)) for i in range(count)]
 
@@ -506,18 +524,28 @@ def dot_f32(typingctx, w, x, count):
 
 
 @intrinsic
-def dot_f16(typingctx, w, x, count):
-    return emitting(types.float32, 3, lambda e, args: _dot(e, "f16", args))
-
-
-@intrinsic
-def dot_bf16(typingctx, w, x, count):
-    return emitting(types.float32, 3, lambda e, args: _dot(e, "bf16", args))
-
-
-@intrinsic
 def dot_pairs(typingctx, w, x, count):
     return emitting(types.float32, 3, lambda e, args: _dot(e, "pairs", args))
+
+
+@intrinsic
+def abreast_f32(typingctx, w, w_row, last, x, count, out, out_row):
+    return emitting(types.void, 7, lambda e, args: _dot_abreast(e, "f32", args))
+
+
+@intrinsic
+def abreast_f16(typingctx, w, w_row, last, x, count, out, out_row):
+    return emitting(types.void, 7, lambda e, args: _dot_abreast(e, "f16", args))
+
+
+@intrinsic
+def abreast_bf16(typingctx, w, w_row, last, x, count, out, out_row):
+    return emitting(types.void, 7, lambda e, args: _dot_abreast(e, "bf16", args))
+
+
+@intrinsic
+def abreast_pairs(typingctx, w, w_row, last, x, count, out, out_row):
+    return emitting(types.void, 7, lambda e, args: _dot_abreast(e, "pairs", args))
 
 
 @intrinsic
