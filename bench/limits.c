@@ -25,11 +25,21 @@
 typedef uint64_t words __attribute__((vector_size(BYTES), aligned(BYTES)));
 typedef float floats __attribute__((vector_size(BYTES)));
 
-/* Read every byte once; the start is aligned, the size a multiple of 8 vectors. */
-uint64_t read_bytes(const words *at, size_t size) {
+#define STREAMS 4
+
+/* Read every byte once, from one place or from STREAMS at a time: memory gives more to several streams than to one, until
+   they are in each other's way. The start is aligned, the size a multiple of 8 STREAMS vectors. */
+uint64_t read_bytes(const words *at, size_t size, int streams) {
     words sums[8] = {0};
-    for (const words *end = at + size / BYTES; at < end; at += 8) {
-        for (int i = 0; i < 8; i++) sums[i] ^= at[i];
+    size_t part = size / BYTES / streams;
+    if (streams == STREAMS) {
+        for (size_t k = 0; k < part; k += 2) {
+            for (int i = 0; i < 8; i++) sums[i] ^= at[i / 2 * part + k + i % 2];
+        }
+    } else {
+        for (size_t k = 0; k < part; k += 8) {
+            for (int i = 0; i < 8; i++) sums[i] ^= at[k + i];
+        }
     }
     uint64_t all = 0;
     for (int i = 0; i < 8; i++) {
