@@ -403,7 +403,7 @@ class Cache:
             raise ArgumentError("a step cannot hold one slot twice")
         starts = tuple(self.lengths[slot] for slot in slots)
         for slot, start in zip(slots, starts, strict=True):
-            if not all(layer.holds(slot, start) for layer in self.layers):
+            if not all(layer.reached[slot] <= start or layer.holds(slot, start) for layer in self.layers):
                 raise ArgumentError(f"a step that failed has cost slot {slot} keys that it needs: truncate it to 0")
         self.reserve(max((start + count for start, count in zip(starts, counts, strict=True)), default=0))
         positions = [start + i for start, count in zip(starts, counts, strict=True) for i in range(count)]

@@ -139,6 +139,11 @@ class Sampler:
         s = self.sampling
         return s.repetition_penalty != 1.0 or bool(s.presence_penalty or s.frequency_penalty or s.logit_bias)
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the next token is the first with the largest logit, whatever chance says."""
+        return self.sampling.temperature == 0.0 and not self.adjusts
+
     def _adjusted(self, logits_N: Array) -> Array:
         s = self.sampling
         if not self.adjusts:

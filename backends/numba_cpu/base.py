@@ -26,6 +26,8 @@ from npllm.weights import Tensor
 # Parts of a model whose tensors are vectors or small factors: they are widened to float32, whatever they are stored in.
 WIDENED = ("norm", "buffer")
 
+# Numbers that one thread passes over while threads would wait for each other.
+SMALL = 1 << 14
 
 # Tokens from which the arrays of a step are worth keeping for the next.
 PROMPT = 64
@@ -133,8 +135,10 @@ class Base(Backend):
             self.recorder.kept.append(made)
         return made
 
-    def run(self, *entries: tape.Entry) -> None:
-        """Run kernels, one after the other, on all threads."""
+    def run(self, *entries: tape.Entry, numbers: int = SMALL + 1) -> None:
+        """Run kernels, one after the other, on all threads; or on one, where they only pass over a few `numbers`."""
+        if numbers <= SMALL:
+            entries = tuple(each._replace(small=True) for each in entries)
         if self.recorder is not None:
             self.recorder.kernels(entries)
         tape.run(self.team_size, *entries)

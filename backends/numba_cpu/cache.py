@@ -85,7 +85,8 @@ class KernelLayerCache(LayerCache):
         for x_MGF, storage in zip(new, self.stored, strict=True):
             arrays += [at(x_MGF), *x_MGF.shape[1:], at(storage), storage.shape[2]]
         rounds = self.kv_dtype == "bfloat16"
-        be.run(entry(append, at(plan), len(plan), len(k_MGK), rounds, len(new), rest=arrays))
+        stores = entry(append, at(plan), len(plan), len(k_MGK), rounds, len(new), rest=arrays)
+        be.run(stores, numbers=sum(x_MGF.size for x_MGF in new))
         return keys
 
     def reach(self, rows: Rows) -> None:
@@ -103,6 +104,13 @@ class KernelCache(Cache):
         self.be = be
         super().__init__(*args)
         self.recordings: dict[Any, Recording] = {}
+
+    def reach(self, rows: Rows) -> None:
+        """`reach` of all layers."""
+        ends = [(slot, start + count) for slot, start, count in zip(rows.slots, rows.starts, rows.counts, strict=True)]
+        for layer in self.layers:
+            for slot, end in ends:
+                layer.reached[slot] = max(layer.reached[slot], end)
 
     def _layer(self, spec: LayerSpec) -> KernelLayerCache:
         return KernelLayerCache(self.be, self.xp, spec, self.kv_dtype, self.compute_dtype)

@@ -8,7 +8,7 @@ weights of 8 bits give their signs to the activations in place of the offset; or
 Prepared activations lie where their float32 numbers lay, in blocks of BLOCK groups, then, of what is left over, of one. A
 block has, of all its groups: the codes in order (CODES); those with even and with odd indices, as a byte of 4-bit weights
 holds them in its low and its high half (EVEN, ODD); the sums to begin with, int32, for each four codes (START8) and each
-eight (START4); the groups' scales, float32 (SCALES).
+eight (START4); the groups' scales, float32 (SCALES); what a group of 4-bit weights begins with, int32 (START).
 """
 
 from __future__ import annotations
@@ -49,10 +49,13 @@ ACROSS_OF = ir.VectorType(F32, ACROSS)
 SIXTEEN = PATH.int8 == "maddubs"
 
 # Where a block's parts begin, in bytes for each of its groups, and the bytes from one group to the next.
-CODES, EVEN, ODD, START8, START4, SCALES, GROUP_BYTES = 0, 32, 48, 64, 96, 112, 128
+CODES, EVEN, ODD, START8, START4, SCALES, START, GROUP_BYTES = 0, 32, 48, 64, 96, 112, 116, 128
 
 # Of a format: the bytes of a group of weights, the activations that they meet, and the sums to begin with.
 FORMATS: dict[str, tuple[int, tuple[int, ...], int]] = {"q8": (32, (CODES,), START8), "q4": (16, (EVEN, ODD), START4)}
+
+# Whether the sums of two rows of 4-bit weights, of a block's groups each, become the lanes of one vector (`_Pairs`).
+PAIRED = SIXTEEN and LANES == 2 * BLOCK
 
 # x + 1.5 * 2^23 holds x rounded to an integer in its low bits.
 ROUNDER = 12582912.0
@@ -164,6 +167,8 @@ def _store(e: Emit, block: ir.Value, groups: int, i: int, codes: ir.Value, scale
         size = 32 if part in (CODES, START8) else 16
         e.store(value, e.at(block, part * groups + size * i))
     e.store(scale, e.at(block, SCALES * groups + 4 * i), 4)
+    start = e.call("llvm.vector.reduce.add.v4i32", I32, parts[START4])
+    e.store(start, e.at(block, START * groups + 4 * i), 4)
 
 
 class _Rows:
@@ -241,11 +246,60 @@ def _dot_several(e: Emit, kind: str, tokens: int, args: Sequence[ir.Value]) -> N
     e.store(totals(e, rows.sums()), out, 4)
 
 
+class _Pairs(_Rows):
+    """The products of ABREAST rows of 4-bit weights with one row: sums are packed until those of two rows fill a vector."""
+
+    def totals(self) -> ir.Value:
+        e, one = self.e, ir.VectorType(F32, self.size // 4)
+        start = [e.zeros(ACROSS_OF)] * (ABREAST // 2), [e.zeros(one)] * ABREAST
+        whole, single = _blocks(e, self.width, *start, self._block)
+        # Of a pair's lanes, 2, 3, 6 and 7 are the second row's.
+        parts = [e.shuffle(*whole, [first + lane for lane in (0, 2, 8, 10, 4, 6, 12, 14)]) for first in (0, 1)]
+        both = e.b.fadd(*parts)
+        whole_rows = e.b.fadd(e.shuffle(both, both, range(4)), e.shuffle(both, both, range(4, 8)))
+        return e.b.fadd(whole_rows, totals(e, single))
+
+    def _block(self, groups: int, first: ir.Value, values: list[Any]) -> list[ir.Value]:
+        if groups == 1:
+            return super()._block(groups, first, values)
+        e, b, (x,) = self.e, self.e.b, self.rows
+        block, order = e.at(x, e.mul(first, GROUP_BYTES)), [0, 2, 0, 2, 1, 3, 1, 3]
+        scales = e.load(ir.VectorType(F32, BLOCK), e.at(block, SCALES * BLOCK), 4)
+        starts = e.load(ir.VectorType(I32, BLOCK), e.at(block, START * BLOCK), 4)
+        scales, starts = e.shuffle(scales, scales, order), e.shuffle(starts, starts, order)
+        new = []
+        for pair, value in enumerate(values):
+            rows = range(2 * pair, 2 * pair + 2)
+            halves = [self._halves(e.at(self.weights[row], e.mul(first, self.size)), block) for row in rows]
+            sums = b.sitofp(b.add(sum_pairs(e, packed(e, *halves)), starts), ACROSS_OF)
+            places = [e.at(self.factors[row], e.mul(first, 2)) for row in rows]
+            factors = e.shuffle(*(e.load(ir.VectorType(I16, BLOCK), each, 2) for each in places), [0, 2, 4, 6, 1, 3, 5, 7])
+            new.append(e.fma(sums, b.fmul(from_halves(e, factors), scales), value))
+        return new
+
+    def _halves(self, w: ir.Value, block: ir.Value) -> ir.Value:
+        """A block of one row: the sums of half a group each, int32, of groups 0, 0, 2, 2, 1, 1, 3, 3."""
+        e, parts = self.e, []
+        for i in (0, 2):
+            stored = e.load(ir.VectorType(I8, 32), e.at(w, i * self.size))
+            sums: ir.Value = e.zeros(ir.VectorType(I16, 16))
+            for weights, part in zip(self._unsigned(stored), self.parts, strict=True):
+                sums = dot_bytes(e, sums, weights, e.load(stored.type, e.at(block, part * BLOCK + self.size * i)))
+            parts.append(sum_pairs(e, sums))
+        return sum_pairs(e, packed(e, *parts))
+
+
+def packed(e: Emit, x: ir.Value, y: ir.Value) -> ir.Value:
+    """Lanes of 32 bits in 16, which they fit into: of x and of y in turn, 64 bits of each."""
+    return e.call("llvm.x86.avx2.packssdw", ir.VectorType(I16, 16), x, y)
+
+
 def _dot_abreast(e: Emit, kind: str, args: Sequence[ir.Value]) -> None:
     """The products of ABREAST rows of weights with one row; as npllm.backends.numba_cpu.vectors has them."""
     w, w_row, factors, factor_row, last, x, width, out, out_row = args
-    weights, scales = rows_of(e, w, w_row, last, ABREAST), rows_of(e, factors, factor_row, last, ABREAST)
-    store_rows(e, totals(e, _Rows(e, kind, weights, scales, [x], width).sums()), out, out_row, last)
+    rows = rows_of(e, w, w_row, last, ABREAST), rows_of(e, factors, factor_row, last, ABREAST), [x], width
+    sums = _Pairs(e, kind, *rows).totals() if PAIRED and kind == "q4" else totals(e, _Rows(e, kind, *rows).sums())
+    store_rows(e, sums, out, out_row, last)
 
 
 @intrinsic

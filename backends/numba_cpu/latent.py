@@ -191,7 +191,7 @@ class Latents(Products):
         latent_MGK = self.empty(len(down_MF), 1, down_MF.shape[1])
         source = self.source(down_MF[:, :L], RMS(w.kv_a_layernorm, eps))
         turned = down_MF.shape[1] - L, at(cos_MJ), at(sin_MJ), cos_MJ.shape[1], int(interleaved), at(latent_MGK)
-        self.run(entry(norm_and_turn, *source, *turned))
+        self.run(entry(norm_and_turn, *source, *turned), numbers=latent_MGK.size)
         return latent_MGK
 
     @accelerates(lambda self, latent_SGF, w, nope, heads: unprepared(self, w))

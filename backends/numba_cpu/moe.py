@@ -339,7 +339,8 @@ class Mixtures(Norms, Products):
             at(x_MD), M, C, E, D, F, at(index_MC), at(weight_MC), int(on_input), *tables, first, second, act,
             at(planned), at(panels), at(hidden), at(said), at(y_MD),
         )  # fmt: skip
-        kernels = (plan, hidden_of_few, say_few) if few else (plan, gather, hidden_of_many, say_many, sum_many)
+        self.run(entry(plan, *mixture), numbers=M * C)
+        kernels = (hidden_of_few, say_few) if few else (gather, hidden_of_many, say_many, sum_many)
         self.run(*(entry(each, *mixture) for each in kernels))
 
     def _of_experts(self, *stacks: Matrices) -> int:

@@ -86,7 +86,7 @@ class Norms(Base):
         y_D = self.empty(*x_D.shape)
         if x_D.size:
             x_MD = x_D.reshape(-1, x_D.shape[-1])
-            self.run(entry(norm_rows, *self.source(x_MD, norm), at(y_D)))
+            self.run(entry(norm_rows, *self.source(x_MD, norm), at(y_D)), numbers=x_D.size)
         return y_D
 
     @accelerates(lambda self, tokens_M, w: not_a_table(self, w))
@@ -97,7 +97,7 @@ class Norms(Base):
         self.within(numbers_M, len(w.weight), "a token")
         y_MD = self.empty(len(tokens_M), w.weight.shape[1])
         if y_MD.size:
-            self.run(entry(look_up, w.weight.address, at(numbers_M), len(numbers_M), at(y_MD)))
+            self.run(entry(look_up, w.weight.address, at(numbers_M), len(numbers_M), at(y_MD)), numbers=y_MD.size)
         return y_MD
 
     def numbers(self, x: Array) -> Array:

@@ -69,7 +69,7 @@ class Recorder:
 
     def finished(self) -> list[tuple[Array, int] | Callable[[], None]]:
         """The calls with their kernels bound."""
-        return [(tape.bound(call), len(call)) if isinstance(call, list) else call for call in self.calls]
+        return [tape.bound(call) if isinstance(call, list) else call for call in self.calls]
 
 
 def _plain(value: Any) -> Any:

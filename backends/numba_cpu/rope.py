@@ -69,5 +69,5 @@ class Ropes(Base):
         if out_MHK.size:
             steps, J = x_MHK.strides[:2], cos_MJ.shape[1]
             turned = (at(x_MHK), *steps, *x_MHK.shape, at(cos_MJ), at(sin_MJ), J, at(out_MHK), int(interleaved))
-            self.run(entry(rotate, *turned))
+            self.run(entry(rotate, *turned), numbers=out_MHK.size)
         return out_MHK

@@ -146,5 +146,5 @@ class Routers(Products):
             router.scores == "sigmoid", router.by == "logits", router.groups, router.kept_groups, router.ranking == "pair",
             router.normalise,
         )  # fmt: skip
-        self.run(entry(choose, *arrays, *how, router.floor, router.scale))
+        self.run(entry(choose, *arrays, *how, router.floor, router.scale), numbers=logits_ME.size)
         return index_MC, weight_MC

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from npllm.backends.numba_cpu import tape
 from npllm.backends.numba_cpu.base import Base, planned
 from npllm.backends.numba_cpu.cache import KernelCache, KernelLayerCache
 from npllm.backends.numba_cpu.recording import Recorder
+from npllm.backends.numba_cpu.sampling import Tops
 from npllm.blocks.rope import Angles, Rope
 from npllm.cache import Cache, Keys, LayerSpec, Rows
 from npllm.sampling import Drawn
@@ -27,6 +29,16 @@ if TYPE_CHECKING:
 
 # Multiply-adds of a step below which threads would wait for each other longer than they work.
 SMALL_STEP = 1 << 23
+
+
+# Rows up to which a step takes its angles from those of this many positions, which are computed together.
+FEW, STRETCH = 8, 64
+
+
+@functools.lru_cache(maxsize=256)
+def angles_of(rope: Rope, stretch: int, dtype: str) -> Angles:
+    """The angles of the positions from `stretch` STRETCH on."""
+    return blocks.angles(np, rope, np.arange(stretch * STRETCH, (stretch + 1) * STRETCH), dtype)
 
 
 class StepRecorder(Recorder):
@@ -83,8 +95,7 @@ class Recording:
         self.tokens_M[:], self.positions_M[:] = tokens_M, rows.positions_M
         for layer, plan in self.recorder.plans.values():
             plan[:] = planned(layer.keys(rows), rows)
-        for layer in self.cache.layers:
-            layer.reach(rows)
+        self.cache.reach(rows)
         with np.errstate(over="ignore", invalid="ignore"):
             for call in self.calls:
                 if isinstance(call, tuple):
@@ -95,7 +106,7 @@ class Recording:
         return self.logits_WN
 
 
-class Steps(Base):
+class Steps(Tops):
     """Caches and steps."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -108,8 +119,11 @@ class Steps(Base):
 
     def angles(self, rope: Rope, positions_M: Array, /) -> Angles:
         def turned(positions_M: Array) -> tuple[Array, Array]:
-            cos_MJ, sin_MJ = blocks.angles(np, rope, positions_M, self.array_dtype)
-            return cos_MJ, sin_MJ
+            if not 0 < len(positions_M) <= FEW:
+                cos_MJ, sin_MJ = blocks.angles(np, rope, positions_M, self.array_dtype)
+                return cos_MJ, sin_MJ
+            stretches = [(angles_of(rope, p // STRETCH, self.array_dtype), p % STRETCH) for p in positions_M.tolist()]
+            return np.stack([cos[i] for (cos, _), i in stretches]), np.stack([sin[i] for (_, sin), i in stretches])
 
         return Angles(*self.called(turned, positions_M))
 
@@ -117,7 +131,12 @@ class Steps(Base):
         logits_WN = self._decoded(model, state)
         if logits_WN is None:
             return super().step(model, state)
-        tokens = [sampler.draw(logits_N) for sampler, logits_N in zip(state.samplers, logits_WN, strict=True)]
+        if all(sampler.greedy for sampler in state.samplers):
+            tokens = self.likeliest(logits_WN)
+            for sampler, token in zip(state.samplers, tokens, strict=True):
+                sampler.take(token)
+        else:
+            tokens = [sampler.draw(logits_N) for sampler, logits_N in zip(state.samplers, logits_WN, strict=True)]
         return Drawn(np.array(tokens, dtype=np.int64), logits_WN.copy() if state.logprobs else None)
 
     def _decoded(self, model: Model, state: State) -> Array | None:

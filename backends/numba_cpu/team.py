@@ -50,9 +50,10 @@ LAST_JOB = 10
 SPARE = 4 << 20
 SCRATCH_BYTES = SPARE + (1 << 12)
 
-# How often a thread looks before it lets others run, and, without a job, before it goes to sleep (about 0.2 ms).
+# How often a thread looks before it lets others run, and, without a job, before it goes to sleep (about 1 ms: the
+# interpreter's part of a decode step).
 PATIENCE = 4000
-SPINS = 6000
+SPINS = 30000
 
 
 @inline

@@ -89,7 +89,7 @@ def install(side: str) -> None:
     team.cores = lambda: 1
     team.aligned = base.aligned = aligned
     base.np = Guarding(side)
-    tape.bound = then(tape.bound, move)
+    tape.bound = then(tape.bound, lambda bound: (move(bound[0]), bound[1]))
     Base: Any = base.Base
     Base.plain, Base.plan = (unless_recorded(each, move) for each in (Base.plain, Base.plan))
     Base.asarray = then(Base.asarray, move)
