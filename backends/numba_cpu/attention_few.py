@@ -38,18 +38,15 @@ from npllm.backends.numba_cpu.attention_job import (
     seen,
     within_split,
 )
-from npllm.backends.numba_cpu.attention_vectors import SCORES, score, top, weigh
+from npllm.backends.numba_cpu.attention_vectors import score, top, weigh
 from npllm.backends.numba_cpu.jit import inline, kernel
 from npllm.backends.numba_cpu.memory import f32, real, word
 from npllm.backends.numba_cpu.panels import clear
 from npllm.backends.numba_cpu.team import next_chunk, scratch
 from npllm.backends.numba_cpu.vectors import LANES
 
-# Values that meet all sums before others do: these go over them in strips, of which the second finds them in the cache.
-VALUES_AT_ONCE = 32
-
 # Bytes between the scores of two lanes.
-SCORES_ROW = (SPLIT + LANES + SCORES) * 4
+SCORES_ROW = (SPLIT + LANES) * 4
 
 
 @kernel(FORM)
@@ -85,7 +82,7 @@ def _attend(args, line, row, lanes, group, split, before, space):
     key = begin
     while key < end:
         place, run = entry_at(args, VALUES, line, row, group, key)
-        run = min(run, end - key, VALUES_AT_ONCE)
+        run = min(run, end - key)
         p, out = space + (key - begin) * 4, at + SUMS_AT
         weigh(word(args, BITS), place, word(args, VALUE_ENTRY), run, p, SCORES_ROW, lanes, out, apart, width)
         key += run

@@ -19,20 +19,15 @@ from numba.extending import intrinsic
 
 from npllm.backends.numba_cpu.activations import emit_exp, emit_weight
 from npllm.backends.numba_cpu.jit import inline
-from npllm.backends.numba_cpu.vectors import CACHE_LINE, F32, I32, I64, LANES, NUMBERS, VF, VI, Emit, emitting, widened
+from npllm.backends.numba_cpu.vectors import F32, I32, I64, LANES, NUMBERS, VF, VI, Emit, emitting, widened
 
 # Rows of the state of a panel of lanes: the number that scores are taken relative to, the sum of their exponentials, what
 # earlier sums were last multiplied by; what products are multiplied by to be scores; and the range of keys that the lane
 # sees, as int32.
 BASE, TOTAL, FACTOR, SHARPNESS, LOW, HIGH, STATE_ROWS = range(7)
 
-# Scores that `score` sums up at a time: two queries with four keys, or four with two; it may write so many less one behind
-# the last key's. Vectors of sums that `weigh` holds in registers at a time.
+# Scores that `score` sums up at a time: two queries with four keys, or four with two.
 SCORES = 8
-SUMS = 16 if LANES == 16 else 8
-
-# Bytes of a head's keys or values that are on their way while others are read.
-FETCHED = 8192
 
 NEGATIVE_INFINITY = -math.inf
 
@@ -73,35 +68,31 @@ def _rows(e: Emit, first: ir.Value, row: ir.Value, last: ir.Value, count: int) -
     return [e.at(first, e.b.mul(row, e.least(e.i64(n), last))) for n in range(count)]
 
 
-def _ahead(e: Emit, row: ir.Value, width: ir.Value, size: int) -> ir.Value:
-    """Bytes from a number to the one that is to be fetched meanwhile, some rows on: a head's rows lie on pages of their own,
-    beyond which no processor looks ahead.
-    """
-    return e.b.mul(row, e.at(e.b.sdiv(e.i64(FETCHED), e.at(e.mul(width, size), 1)), 1))
+def _apart(e: Emit, first: ir.Value, row: ir.Value, j: ir.Value, apart: ir.Value, count: int) -> list[ir.Value]:
+    """Where the rows j, j + apart, ... begin: each on another page, since memory gives more to several who read."""
+    return [e.at(first, e.b.mul(row, e.b.add(j, e.mul(apart, n)))) for n in range(count)]
 
 
 def _score(e: Emit, kind: str, together: int, args: Sequence[ir.Value]) -> None:
     """out[h, j] = q[h] k[j] for `together` queries, the last+1 first of which count, and `count` keys."""
     k, k_row, count, q, q_row, last, out, out_row, width = args
     b, size, keys_at_once = e.b, NUMBERS[kind][1], SCORES // together
-    ahead = _ahead(e, k_row, width, size)
     whole = b.sdiv(width, e.i64(LANES))
     done = e.mul(whole, LANES)
     queries, outs = _rows(e, q, q_row, last, together), _rows(e, out, out_row, last, together)
+    apart = b.sdiv(e.at(count, keys_at_once - 1), e.i64(keys_at_once))
 
     def added(numbers: list[ir.Value], with_q: list[ir.Value], totals: list[Any]) -> list[ir.Value]:
         pairs = [(number, query) for query in with_q for number in numbers]
         return [e.fma(number, query, total) for (number, query), total in zip(pairs, totals, strict=True)]
 
-    def block(i: ir.Value, _: list[Any]) -> list[ir.Value]:
-        j = e.mul(i, keys_at_once)
-        keys = _rows(e, e.at(k, b.mul(j, k_row)), k_row, b.sub(b.sub(count, e.i64(1)), j), keys_at_once)
+    def block(j: ir.Value, _: list[Any]) -> list[ir.Value]:
+        # Behind the last key it is computed again, with the same result.
+        places = [e.least(b.add(j, e.mul(apart, n)), b.sub(count, e.i64(1))) for n in range(keys_at_once)]
+        keys = [e.at(k, b.mul(k_row, place)) for place in places]
 
         def step(n: ir.Value, totals: list[Any]) -> list[ir.Value]:
-            places = [e.at(key, e.mul(n, size * LANES)) for key in keys]
-            for place in places:
-                e.prefetch(e.at(place, ahead))
-            numbers = [widened(e, kind, place) for place in places]
+            numbers = [widened(e, kind, e.at(key, e.mul(n, size * LANES))) for key in keys]
             return added(numbers, [widened(e, "f32", e.at(query, e.mul(n, 4 * LANES))) for query in queries], totals)
 
         def step_single(n: ir.Value, totals: list[Any]) -> list[ir.Value]:
@@ -111,51 +102,53 @@ def _score(e: Emit, kind: str, together: int, args: Sequence[ir.Value]) -> None:
 
         sums = e.loop(whole, [_each(0.0, LANES)] * SCORES, step)
         totals = _totals(e, e.loop(b.sub(width, done), sums, step_single))
-        for h, place in enumerate(outs):
-            wide, lane = divmod(h * keys_at_once, totals[0].type.count)
-            part = e.shuffle(totals[wide], totals[wide], range(lane, lane + keys_at_once))
-            e.store(part, e.at(place, e.mul(j, 4)), 4)
+        for i in range(SCORES):
+            wide, lane = divmod(i, totals[0].type.count)
+            score = b.extract_element(totals[wide], ir.Constant(I32, lane))
+            e.store(score, e.at(outs[i // keys_at_once], e.mul(places[i % keys_at_once], 4)), 4)
         return []
 
-    e.loop(b.sdiv(e.at(count, keys_at_once - 1), e.i64(keys_at_once)), [], block)
+    e.loop(apart, [], block)
 
 
 def _weigh(e: Emit, kind: str, together: int, args: Sequence[ir.Value]) -> None:
     """out[h] += sum over j of p[h, j] v[j] for `together` queries, as in `_score`, and `count` values [width]."""
     v, v_row, count, p, p_row, last, out, out_row, width = args
-    b, size = e.b, NUMBERS[kind][1]
-    ahead = _ahead(e, v_row, width, size)
+    b, size, values_at_once = e.b, NUMBERS[kind][1], SCORES // together
     weights, outs = _rows(e, p, p_row, last, together), _rows(e, out, out_row, last, together)
+    whole = b.sdiv(width, e.i64(LANES))
 
-    def columns(offset: ir.Value, vectors: int, lanes: int) -> None:
-        places = [e.at(each, e.mul(offset, 4), 4 * lanes * n) for each in outs for n in range(vectors)]
+    def weighed(first: ir.Value, apart: ir.Value, rows: int) -> None:
+        """Add the values of rows `first`, `first + apart`, ... to the sums."""
+        places = _apart(e, v, v_row, first, apart, rows)
+        factors = [[e.load(F32, each, 4) for each in _apart(e, w, e.i64(4), first, apart, rows)] for w in weights]
 
-        def step(j: ir.Value, sums: list[Any]) -> list[ir.Value]:
-            row = e.at(v, b.mul(j, v_row), e.mul(offset, size))
-            if lanes > 1:
-                for line in range(0, size * lanes * vectors, CACHE_LINE):
-                    e.prefetch(e.at(row, ahead, line))
-            numbers = [widened(e, kind, e.at(row, size * lanes * n), lanes) for n in range(vectors)]
-            factors = [e.splat(e.load(F32, e.at(each, e.mul(j, 4)), 4), lanes) for each in weights]
-            pairs = [(factor, number) for factor in factors for number in numbers]
-            return [e.fma(factor, number, total) for (factor, number), total in zip(pairs, sums, strict=True)]
-
-        start = [e.load(ir.VectorType(F32, lanes), place, 4) for place in places]
-        for place, value in zip(places, e.loop(count, start, step), strict=True):
-            e.store(value, place, 4)
-
-    done: ir.Value = e.i64(0)
-    for vectors, lanes in ((SUMS // together, LANES), (1, LANES), (1, 1)):
-        blocks, base = b.sdiv(b.sub(width, done), e.i64(vectors * lanes)), done
-
-        def block(
-            i: ir.Value, _: list[Any], base: ir.Value = base, vectors: int = vectors, lanes: int = lanes
-        ) -> list[ir.Value]:
-            columns(b.add(base, e.mul(i, vectors * lanes)), vectors, lanes)
+        def columns(at: ir.Value, lanes: int) -> list[ir.Value]:
+            numbers = [widened(e, kind, e.at(place, e.mul(at, size)), lanes) for place in places]
+            sums = [e.load(ir.VectorType(F32, lanes), e.at(to, e.mul(at, 4)), 4) for to in outs]
+            for i, number in enumerate(numbers):
+                sums = [e.fma(number, e.splat(row[i], lanes), total) for row, total in zip(factors, sums, strict=True)]
+            # All are read before any is written: behind the last query the last is computed again.
+            for to, total in zip(outs, sums, strict=True):
+                e.store(total, e.at(to, e.mul(at, 4)), 4)
             return []
 
-        e.loop(blocks, [], block)
-        done = b.add(base, e.mul(blocks, vectors * lanes))
+        e.loop(whole, [], lambda n, _: columns(e.mul(n, LANES), LANES))
+        done = e.mul(whole, LANES)
+        e.loop(b.sub(width, done), [], lambda n, _: columns(b.add(done, n), 1))
+
+    def several(j: ir.Value, _: list[Any]) -> list[ir.Value]:
+        weighed(j, apart, values_at_once)
+        return []
+
+    def one(j: ir.Value, _: list[Any]) -> list[ir.Value]:
+        weighed(b.add(first, j), e.i64(0), 1)
+        return []
+
+    apart = b.sdiv(count, e.i64(values_at_once))
+    first = e.mul(apart, values_at_once)
+    e.loop(apart, [], several)
+    e.loop(b.sub(count, first), [], one)
 
 
 def _top(e: Emit, args: Sequence[ir.Value]) -> ir.Value:
