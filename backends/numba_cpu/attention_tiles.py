@@ -70,12 +70,14 @@ from npllm.backends.numba_cpu.vectors import (
     tile_wide_pairs,
 )
 
-# Lanes of a unit of work, and keys of a block.
-UNIT, BLOCK = 256, 128
+# Lanes of a unit of work, and keys of a block: whole tiles, and so few that they stay in the cache from scores to values.
+UNIT, BLOCK = 256, 48
 
 # Rows that a tile may write behind its last.
 OVERHANG = 16
 
+# Columns of values are read row by row: rows that are multiples of so many bytes apart share too few sets of a cache.
+CROWDED = 512
 
 # What a unit keeps in the thread's memory: panels of queries and of sums, their states, a tile, a block of keys and one of
 # values, and rows of lanes.
@@ -96,7 +98,7 @@ def _places(space, key_width, value_width):
     tile = states + UNIT * STATE_ROWS * 4
     keys = tile + (BLOCK + OVERHANG) * WIDE * 4
     values = keys + BLOCK * row_bytes(key_width)
-    return queries, sums, states, tile, keys, values, values + BLOCK * value_width * 4
+    return queries, sums, states, tile, keys, values, values + BLOCK * row_bytes(value_width)
 
 
 @inline
@@ -250,7 +252,10 @@ def _meet(args, line, row, group, begin, end, key, stop, places):
     """All panels of lanes begin..end meet the keys key..stop."""
     width, pairs = word(args, VALUE_WIDTH), PAIRS and word(args, PAIRED)
     k, k_row = _keys(args, line, row, group, key, stop, places[BLOCK_KEYS])
-    v, v_row = _values(args, line, row, group, key, stop, places[BLOCK_VALUES])
+    if not pairs and word(args, VALUES) == word(args, KEYS) and k_row % CROWDED:
+        v, v_row = k, k_row
+    else:
+        v, v_row = _values(args, line, row, group, key, stop, places[BLOCK_VALUES])
     per_row, lane = 2 if pairs else 1, begin
     while lane < end:
         wide, offset = panel_width(lane, end), lane - begin
@@ -352,16 +357,17 @@ def _values(args, line, row, group, key, stop, room):
     """Values of key..stop as rows of numbers, or of pairs of two keys' numbers, and how many bytes apart the rows are."""
     width, bits, pairs = word(args, VALUE_WIDTH), word(args, BITS), PAIRS and word(args, PAIRED)
     place, run = entry_at(args, VALUES, line, row, group, key)
-    if run >= stop - key and not pairs and bits == 0:
+    if run >= stop - key and not pairs and bits == 0 and word(args, VALUE_ENTRY) % CROWDED:
         return place, word(args, VALUE_ENTRY)
+    apart = row_bytes(width)
     for j in range(key, stop, 2 if pairs else 1):
-        x, y = entry_at(args, VALUES, line, row, group, j)[0], room + (j - key) // (2 if pairs else 1) * width * 4
+        x, y = entry_at(args, VALUES, line, row, group, j)[0], room + (j - key) // (2 if pairs else 1) * apart
         if not pairs:
             _widen(x, bits, width, y)
         else:
             other = entry_at(args, VALUES, line, row, group, j + 1)[0] if j + 1 < stop else 0
             _interleave(x, other, bits, width, y)
-    return room, width * 4
+    return room, apart
 
 
 @inline
