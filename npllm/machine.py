@@ -71,8 +71,9 @@ def _process_limits() -> list[int]:
         return []
     left = []
     for limit, key in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
-        most, used = resource.getrlimit(limit)[0], _kibibytes(Path("/proc/self/status"), key)
-        if most != resource.RLIM_INFINITY and used is not None:
+        most = resource.getrlimit(limit)[0]
+        # Asked for where there is a limit only: each new cache asks.
+        if most != resource.RLIM_INFINITY and (used := _kibibytes(Path("/proc/self/status"), key)) is not None:
             left.append(max(0, most - used))
     return left
 

@@ -35,9 +35,18 @@ class ShapeError(AssertionError):
     """An array does not have the shape that its name says."""
 
 
+@functools.cache
 def letters(name: str) -> str | None:
     found = SUFFIX.fullmatch(name)
     return found and found[1]
+
+
+@functools.cache
+def fields(kind: type) -> tuple[str, ...]:
+    """The names of what a named tuple or a dataclass holds; of another type, none."""
+    if issubclass(kind, tuple):
+        return getattr(kind, "_fields", ())
+    return tuple(each.name for each in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else ()
 
 
 class Sizes:
@@ -49,12 +58,9 @@ class Sizes:
 
     def check(self, name: str, x: Any) -> None:
         """Bind the letters of `name` to the shape of `x`, or of every suffixed field within."""
-        if isinstance(x, tuple) and hasattr(x, "_fields"):
-            for field in x._fields:
+        if held := fields(type(x)):
+            for field in held:
                 self.check(field, getattr(x, field))
-        elif dataclasses.is_dataclass(x):
-            for each in dataclasses.fields(x):
-                self.check(each.name, getattr(x, each.name))
         elif (axes := letters(name)) and hasattr(x, "shape"):
             self.bind(name, axes, x.shape)
 
@@ -76,13 +82,14 @@ def returned_names(function: Callable[..., Any]) -> list[str]:
 
 def checked(function: Callable[..., Any], canon: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """`function`, raising ShapeError where a suffix does not fit; an override goes by the docstring of its `canon`."""
-    signature, names = inspect.signature(function), returned_names(canon or function)
+    # Not bound to the signature, which would take longer than what is checked.
+    parameters, names = list(inspect.signature(function).parameters), returned_names(canon or function)
     leading = LEADING in ((canon or function).__doc__ or "")
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         sizes = Sizes(function.__qualname__, leading)
-        for name, x in signature.bind(*args, **kwargs).arguments.items():
+        for name, x in (*zip(parameters, args, strict=False), *kwargs.items()):
             sizes.check(name, x)
         result = function(*args, **kwargs)
         several = isinstance(result, tuple) and not hasattr(result, "_fields")

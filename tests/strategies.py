@@ -1,8 +1,10 @@
 """Hypothesis strategies: sizes named by the letters of npllm.arrays, arrays named by suffix, and tiny models.
 
 Numbers are drawn from a seed, not one by one: a counterexample is about shapes and settings, and shrinks in those.
+A strategy is kept, because Hypothesis validates each that is made anew, which takes longer than many a model.
 """
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -54,6 +56,7 @@ widths = st.integers(2, 12).map(lambda n: 2 * n + 1)
 layers = st.integers(1, 3)
 
 
+@cache
 @st.composite
 def rope_parameters(draw: st.DrawFn) -> dict[str, Any]:
     """`rope_parameters` of every kind; the bands and ramps lie within the tiny context."""
@@ -69,6 +72,7 @@ def rope_parameters(draw: st.DrawFn) -> dict[str, Any]:
     return draw(st.sampled_from(kinds))
 
 
+@cache
 @st.composite
 def decoder(draw: st.DrawFn) -> dict[str, Any]:
     """Fields of a config.json of the Llama lineage: 2 or 3 key/value heads, 2 or 3 query heads for each."""
@@ -89,11 +93,13 @@ def decoder(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@cache
 @st.composite
 def llama(draw: st.DrawFn) -> dict[str, Any]:
     return draw(decoder()) | {"mlp_bias": draw(st.booleans())}
 
 
+@cache
 @st.composite
 def llama4(draw: st.DrawFn) -> dict[str, Any]:
     """MoE and dense layers, RoPE and NoPE, chunks and not, each apart from the others."""
@@ -111,18 +117,21 @@ def llama4(draw: st.DrawFn) -> dict[str, Any]:
     )
 
 
+@cache
 @st.composite
 def qwen3(draw: st.DrawFn) -> dict[str, Any]:
     window = {"use_sliding_window": draw(st.booleans()), "sliding_window": draw(st.integers(1, 12))}
     return draw(decoder()) | window | {"max_window_layers": draw(st.integers(0, 2))}
 
 
+@cache
 @st.composite
 def qwen2(draw: st.DrawFn) -> dict[str, Any]:
     """As Qwen3, with the biases that it always has."""
     return {key: value for key, value in draw(qwen3()).items() if key != "attention_bias"}
 
 
+@cache
 @st.composite
 def mixture(draw: st.DrawFn) -> dict[str, Any]:
     """What the mixtures of Qwen and Mixtral share: 2 to 5 experts, of which 1 to all are chosen."""
@@ -131,6 +140,7 @@ def mixture(draw: st.DrawFn) -> dict[str, Any]:
     return fields | {"num_local_experts": experts, "num_experts_per_tok": draw(st.integers(1, experts))}
 
 
+@cache
 @st.composite
 def qwen3_moe(draw: st.DrawFn) -> dict[str, Any]:
     """Dense and sparse layers, in any pattern that the fields allow."""
@@ -145,6 +155,7 @@ def qwen3_moe(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@cache
 @st.composite
 def qwen2_moe(draw: st.DrawFn) -> dict[str, Any]:
     fields = {key: value for key, value in draw(qwen3_moe()).items() if key != "attention_bias"}
@@ -152,11 +163,13 @@ def qwen2_moe(draw: st.DrawFn) -> dict[str, Any]:
     return fields | shared | {"max_window_layers": draw(st.integers(0, 3))}
 
 
+@cache
 @st.composite
 def mixtral(draw: st.DrawFn) -> dict[str, Any]:
     return draw(mixture()) | {"sliding_window": draw(st.none() | st.integers(1, 12)), "rope_interleave": draw(st.booleans())}
 
 
+@cache
 @st.composite
 def mistral(draw: st.DrawFn) -> dict[str, Any]:
     fields = {key: value for key, value in draw(decoder()).items() if key != "attention_bias"}
@@ -164,6 +177,7 @@ def mistral(draw: st.DrawFn) -> dict[str, Any]:
     return fields | window | {"rope_interleave": draw(st.booleans())}
 
 
+@cache
 @st.composite
 def olmo2(draw: st.DrawFn) -> dict[str, Any]:
     """Grouped heads, or as many key/value heads as heads."""
@@ -171,6 +185,7 @@ def olmo2(draw: st.DrawFn) -> dict[str, Any]:
     return fields | draw(st.sampled_from([{}, {"num_key_value_heads": fields["num_attention_heads"]}]))
 
 
+@cache
 @st.composite
 def gemma2(draw: st.DrawFn) -> dict[str, Any]:
     caps = st.none() | st.sampled_from([2.0, 30.0])
@@ -185,6 +200,7 @@ def gemma2(draw: st.DrawFn) -> dict[str, Any]:
     return fields | draw(st.sampled_from([{}, {"layer_types": [draw(types) for _ in range(fields["num_hidden_layers"])]}]))
 
 
+@cache
 @st.composite
 def gemma3(draw: st.DrawFn) -> dict[str, Any]:
     ropes = {"full_attention": draw(rope_parameters()), "sliding_attention": draw(rope_parameters())}
@@ -192,6 +208,7 @@ def gemma3(draw: st.DrawFn) -> dict[str, Any]:
     return draw(gemma2()) | pattern | {"rope_parameters": ropes, "attn_logit_softcapping": None}
 
 
+@cache
 @st.composite
 def gemma3n(draw: st.DrawFn) -> dict[str, Any]:
     """Two to four layers, of which some share keys: those before have every type that occurs."""
@@ -216,6 +233,7 @@ def gemma3n(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@cache
 @st.composite
 def gpt2(draw: st.DrawFn) -> dict[str, Any]:
     heads = draw(st.integers(2, 4))
@@ -231,6 +249,7 @@ def gpt2(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@cache
 @st.composite
 def latent(draw: st.DrawFn) -> dict[str, Any]:
     """What DeepSeek V2, V3 and Mistral Large 3 share: latent widths, dense layers, experts in groups."""
@@ -255,6 +274,7 @@ def latent(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@cache
 @st.composite
 def deepseek_v3(draw: st.DrawFn) -> dict[str, Any]:
     flags = {"rope_interleave": draw(st.booleans()), "norm_topk_prob": draw(st.booleans())}
@@ -265,12 +285,14 @@ def deepseek_v3(draw: st.DrawFn) -> dict[str, Any]:
     return fields
 
 
+@cache
 @st.composite
 def deepseek_v2(draw: st.DrawFn) -> dict[str, Any]:
     method = draw(st.sampled_from(["greedy", "group_limited_greedy"]))
     return draw(latent()) | {"topk_method": method, "mlp_bias": draw(st.booleans())}
 
 
+@cache
 @st.composite
 def mistral4(draw: st.DrawFn) -> dict[str, Any]:
     """The context is many times the one that the query temperature counts in."""
@@ -311,6 +333,7 @@ def exported(name: str) -> st.SearchStrategy[dict[str, Any]]:
 CONFIGS = {name: OWN[name] if name in OWN else exported(name) for name in sorted(REGISTRY)}
 
 
+@cache
 def tiny_config(architecture: str | None = None) -> st.SearchStrategy[Described]:
     """A random small configuration of one architecture (None: of any)."""
     names = [architecture] if architecture else list(CONFIGS)

@@ -91,6 +91,7 @@ def as_bfloat16(x: Array) -> Array:
 
 @every_architecture
 @given(data=st.data())
+@settings(max_examples=4)
 def test_generation_in_a_batch_is_generation_alone(architecture: str, data: st.DataObject) -> None:
     llm, rows = data.draw(our.model_and_tokens(architecture=architecture, rows=3))
     options: dict[str, Any] = {"max_tokens": data.draw(st.integers(1, 12)), "temperature": 0}

@@ -5,7 +5,9 @@ A case that fails names the first part of the model that diverges: the embedding
 
 import json
 import shutil
+from collections.abc import Sequence
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ import npllm
 from npllm.arrays import Array
 from npllm.backend import Backend
 from tests.compare import agree
-from tests.export import CASES, TRUTH, read_provenance, stale
+from tests.export import CASES, ONE_OF_EACH, TRUTH, read_provenance, stale
 from tests.steps import in_pieces, step
 
 pytestmark = pytest.mark.usefixtures("checked_shapes")
@@ -89,10 +91,20 @@ def test_float64(name: str) -> None:
     agree(logits_BTN[0], want["logits_f64"], "truth float64", what=name)
 
 
+def crossed(names: str, settings: Sequence[tuple[str, ...]], rarely: Sequence[tuple[str, ...]]) -> pytest.MarkDecorator:
+    """Parametrise with every case in all of the settings; those in `rarely` with one of each architecture, but `-m full`."""
+    return pytest.mark.parametrize(
+        ("name", *names.split()),
+        [
+            pytest.param(name, *each, marks=[pytest.mark.full] * (each in rarely and name not in ONE_OF_EACH))
+            for each, name in product(settings, CASES)
+        ],
+    )
+
+
 # In float64 a fault of logic stands out by ten orders of magnitude; float32 is what users run.
-every_arithmetic = pytest.mark.parametrize(
-    ("kind", "dtype"), [("canon", "float32"), ("canon", "float64"), ("numba", "float32")]
-)
+ARITHMETICS = [("canon", "float32"), ("canon", "float64"), ("numba", "float32")]
+every_arithmetic = crossed("kind dtype", ARITHMETICS, rarely=[("canon", "float32")])
 
 
 def reordered(name: str, dtype: str) -> str:
@@ -100,16 +112,20 @@ def reordered(name: str, dtype: str) -> str:
 
 
 @every_arithmetic
-@every_case
-def test_cached_decode_is_the_full_forward(name: str, kind: str, dtype: str) -> None:
+def test_a_prompt_in_pieces_is_the_full_forward(name: str, kind: str, dtype: str) -> None:
     llm, tokens_T = model(name, dtype, kind), truth(name)["tokens"][0]
-    full_TN = llm.forward(tokens_T)[0]
-    for cuts, what in ((range(5, len(tokens_T)), "one by one after 5"), ([1, 8, 24], "in pieces of 1, 7, 16 and the rest")):
-        agree(in_pieces(llm, tokens_T, cuts), full_TN, reordered(name, dtype), what=f"{name}, {what}")
+    agree(in_pieces(llm, tokens_T, [1, 8, 24]), llm.forward(tokens_T)[0], reordered(name, dtype), what=name)
+
+
+@crossed("kind dtype", ARITHMETICS, rarely=ARITHMETICS)
+def test_cached_decode_is_the_full_forward(name: str, kind: str, dtype: str) -> None:
+    """Every case also decodes 24 tokens in `test_greedy_tokens`, against PyTorch."""
+    llm, tokens_T = model(name, dtype, kind), truth(name)["tokens"][0]
+    got_TN = in_pieces(llm, tokens_T, range(5, len(tokens_T)))
+    agree(got_TN, llm.forward(tokens_T)[0], reordered(name, dtype), what=name)
 
 
 @every_arithmetic
-@every_case
 def test_ragged_batch(name: str, kind: str, dtype: str) -> None:
     """Rows of different lengths, out of step with one another, a row that brings nothing, a row that joins late."""
     llm, (a_T, b_T) = model(name, dtype, kind), truth(name)["tokens"]
@@ -138,8 +154,7 @@ def test_what_is_not_traced(name: str) -> None:
     agree(llm.forward(want["tokens"]), want["logits"], limit("truth", name), what=name)
 
 
-@every_backend
-@every_case
+@crossed("kind", [("numpy",), ("numba",), ("canon",)], rarely=[("canon",)])
 def test_greedy_tokens(name: str, kind: str) -> None:
     want = truth(name)
     prompt = want["tokens"][0, :9]

@@ -23,6 +23,10 @@ FORMAT = 1
 
 TRUTH = Path(__file__).resolve().parent.parent / "truth"
 
+MODELS = dict.fromkeys(case.model for case in CASES.values())
+ONE_OF_EACH = [next(name for name, case in CASES.items() if case.model == model) for model in MODELS]
+"""The first case of each architecture: where every case would take too long for every run, these run."""
+
 
 def command(case: str) -> str:
     """The command that regenerates one case (or "blocks"), from the root of the repository."""

@@ -24,7 +24,7 @@ from npllm.model import Model
 from npllm.models import interpret
 from npllm.weights import build_tree, random_weights
 from tests.compare import agree
-from tests.export import CASES, TRUTH
+from tests.export import CASES, ONE_OF_EACH, TRUTH
 from tests.gpu.emulator import EmulatedBackend, Emulator
 from tests.gpu.emulator.arrays import STREAM
 from tests.gpu.emulator.launches import Launches
@@ -51,14 +51,6 @@ def limit(name: str) -> str:
     return "truth Gemma 3n" if CASES[name].model == "gemma3n_text" else "truth"
 
 
-def first_of_each() -> list[str]:
-    """A case of each architecture."""
-    found: dict[str, str] = {}
-    for name, case in CASES.items():
-        found.setdefault(case.model, name)
-    return list(found.values())
-
-
 def agrees_with_pytorch(name: str) -> None:
     want, llm = load_file(MODELS / name / "trace.safetensors"), loaded(name)
     agree(llm.forward(want["tokens"]), want["logits"], limit(name), what=name)
@@ -69,7 +61,7 @@ def agrees_with_pytorch(name: str) -> None:
     assert output.tokens == want["greedy"][0][:8].tolist()
 
 
-@pytest.mark.parametrize("name", first_of_each())
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_an_export_of_each_architecture(name: str) -> None:
     agrees_with_pytorch(name)
 

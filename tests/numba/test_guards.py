@@ -44,7 +44,7 @@ def test_a_gap_that_is_written_to_is_noticed() -> None:
 
 
 # What a kernel touches follows from sizes, which many cases share: one in so many runs every time, all with `-m full`.
-SAMPLE = 2
+SAMPLE = 4
 
 
 @every_side

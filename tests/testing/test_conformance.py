@@ -39,34 +39,36 @@ def forgotten() -> Iterator[None]:
     log_once.cache_clear()
 
 
-# One trial of so many: all of them are the work of `npllm verify`, and of minutes.
-SOME = 3
+# One trial of so many runs every time; all of them take minutes.
+sampled = pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.full)])
 
 
-def some(backend: Callable[..., Backend], ops: Sequence[str] | None = None, **asked: Any) -> Suite:
-    """`conformance`, one trial of SOME."""
-    return Suite(tuple(conformity(backend, trial) for trial in trials(backend, ops, **asked)[::SOME]))
+def some(every: int, backend: Callable[..., Backend], ops: Sequence[str] | None = None, **asked: Any) -> Suite:
+    """`conformance`, one trial of `every` so many."""
+    return Suite(tuple(conformity(backend, trial) for trial in trials(backend, ops, **asked)[::every]))
 
 
-def everywhere(backend: Callable[..., Backend]) -> Suite:
+def everywhere(every: int, backend: Callable[..., Backend]) -> Suite:
     """Some of all in float32, and of what has weights in the other formats and arithmetics too."""
-    narrow = some(backend, WEIGHED, storages=["f16"], dtypes=["float32"], seed=1)
-    wide = some(backend, [*WEIGHED, MODEL], storages=["bf16"], dtypes=["float64"], seed=2)
-    return Suite(some(backend, storages=["f32"], dtypes=["float32"]).reports + narrow.reports + wide.reports)
+    narrow = some(every, backend, WEIGHED, storages=["f16"], dtypes=["float32"], seed=1)
+    wide = some(every, backend, [*WEIGHED, MODEL], storages=["bf16"], dtypes=["float64"], seed=2)
+    return Suite(some(every, backend, storages=["f32"], dtypes=["float32"]).reports + narrow.reports + wide.reports)
 
 
 # -- npllm's own --------------------------------------------------------------------------------------------------------
 
 
-def test_numpy_conforms_where_it_uses_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+@sampled
+def test_numpy_conforms_where_it_uses_threads(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its thresholds are lowered, so that the small arrays of the cases are cut into parts as large ones are."""
     for name, small in {"SPLIT": 4, "SMALL_PRODUCT": 1, "SMALL_STEP": 1, "WIDE": 16, "FEATURES": 16}.items():
         monkeypatch.setattr(numpy_backend, name, small)
-    everywhere(NumpyBackend).raise_on_failure()
+    everywhere(every, NumpyBackend).raise_on_failure()
 
 
-def test_the_canon_conforms_on_what_array_modules_share() -> None:
-    some(StrictBackend, storages=["f32"], dtypes=["float32"]).raise_on_failure()
+@sampled
+def test_the_canon_conforms_on_what_array_modules_share(every: int) -> None:
+    some(every, StrictBackend, storages=["f32"], dtypes=["float32"]).raise_on_failure()
 
 
 def test_nothing_is_left_out() -> None:
@@ -98,7 +100,9 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.usefixtures("installed")
 def test_a_backend_of_another_package_conforms_and_what_it_declines_is_told() -> None:
     assert available_backends()["mine"] == ""
-    suite = conformance("mine", [*WEIGHED, "attention", MODEL], storages=["f32"], dtypes=["float32"])
+    asked: dict[str, Any] = {"storages": ["f32"], "dtypes": ["float32"]}
+    attention = conformance("mine", ["attention"], tags=["sinks"], **asked)
+    suite = Suite(conformance("mine", ["linear", "moe", MODEL], **asked).reports + attention.reports)
     suite.raise_on_failure()
     declined = {(each.operation, what) for each in suite.reports if isinstance(each, Conformity) for what in each.declined}
     sinks, weigh = "attention: attention sinks", "moe: weights on the experts' input"
@@ -180,10 +184,11 @@ def test_a_model_that_raises_is_reported() -> None:
 # -- coarse arithmetic, declared ----------------------------------------------------------------------------------------
 
 
-def test_bfloat16_products_conform_where_they_are_declared() -> None:
+@sampled
+def test_bfloat16_products_conform_where_they_are_declared(every: int) -> None:
     """Of inputs that they round, and of those that they do not."""
-    some(Coarse, storages=["f32"]).raise_on_failure()
-    some(Coarse, ["linear", "attention"], storages=["bf16"]).raise_on_failure()
+    some(every, Coarse, storages=["f32"]).raise_on_failure()
+    some(every, Coarse, ["linear", "attention"], storages=["bf16"]).raise_on_failure()
 
 
 class Undeclared(Coarse):
