@@ -59,7 +59,7 @@ def attend_few(args, team, thread, threads):
         if 0 < lanes < FEW:
             while chunk - base < groups * splits:
                 group, split = (chunk - base) // splits, (chunk - base) % splits
-                _attend(args, line, row, lanes, group, split, before, scratch(team, thread))
+                _attend(args, team, line, row, lanes, group, split, before, scratch(team, thread))
                 chunk = next_chunk(team)
             base += groups * splits
         if lanes <= SPLIT_LANES:
@@ -67,7 +67,7 @@ def attend_few(args, team, thread, threads):
 
 
 @inline
-def _attend(args, line, row, lanes, group, split, before, space):
+def _attend(args, team, line, row, lanes, group, split, before, space):
     low, high = seen(args, line, word(line, QUERY))[0], seen(args, line, word(line, END) - 1)[1]
     begin, end = within_split(low, high, split)
     if begin == end:
@@ -75,7 +75,7 @@ def _attend(args, line, row, lanes, group, split, before, space):
     scores, width, apart = space + FEW * SCORES_ROW, word(args, VALUE_WIDTH), record_bytes(word(args, VALUE_WIDTH))
     apart *= word(args, GROUPS) * word(args, SPLITS)
     at = record(args, before, 0, group, split)
-    _score(args, line, row, lanes, group, begin, end, space, scores)
+    _score(args, team, line, row, lanes, group, begin, end, space, scores)
     for lane in range(lanes):
         _soften(args, line, lane, begin, end, space + lane * SCORES_ROW, at + lane * apart)
         clear(at + lane * apart + SUMS_AT, width)
@@ -84,12 +84,12 @@ def _attend(args, line, row, lanes, group, split, before, space):
         place, run = entry_at(args, VALUES, line, row, group, key)
         run = min(run, end - key)
         p, out = space + (key - begin) * 4, at + SUMS_AT
-        weigh(word(args, BITS), place, word(args, VALUE_ENTRY), run, p, SCORES_ROW, lanes, out, apart, width)
+        weigh(team, word(args, BITS), place, word(args, VALUE_ENTRY), run, p, SCORES_ROW, lanes, out, apart, width)
         key += run
 
 
 @inline
-def _score(args, line, row, lanes, group, begin, end, scores, queries):
+def _score(args, team, line, row, lanes, group, begin, end, scores, queries):
     """Scores of the lanes with the keys begin..end; `queries` is room for the lanes' queries."""
     width, per = word(args, KEY_WIDTH), word(args, HEADS) // word(args, GROUPS)
     query_row = (width + 15) // 16 * 64
@@ -101,7 +101,7 @@ def _score(args, line, row, lanes, group, begin, end, scores, queries):
         place, run = entry_at(args, KEYS, line, row, group, key)
         run = min(run, end - key)
         out = scores + (key - begin) * 4
-        score(word(args, BITS), place, word(args, KEY_ENTRY), run, queries, query_row, lanes, out, SCORES_ROW, width)
+        score(team, word(args, BITS), place, word(args, KEY_ENTRY), run, queries, query_row, lanes, out, SCORES_ROW, width)
         key += run
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from npllm import blocks
 from npllm.arrays import Array
 from npllm.backend import RMS, accelerates
-from npllm.backends.numba_cpu.attention_vectors import SCORES, score, weigh
+from npllm.backends.numba_cpu.attention_vectors import score, weigh
 from npllm.backends.numba_cpu.base import at
 from npllm.backends.numba_cpu.jit import inline, kernel
 from npllm.backends.numba_cpu.matrix import BF16, COLUMNS, DATA, F32, FORMAT, ROW_BYTES, ROWS
@@ -108,7 +108,7 @@ def absorb(args, team, thread, threads):
             weights, apart, halves = _rows(args, head, row, stop, space)
             q, out = _read(args, begin, head) + row * 4, _written(args, begin, head)
             q_step, out_step = _step(args, READ_WIDTH), _step(args, WRITTEN_WIDTH)
-            weigh(halves, weights, apart, stop - row, q, q_step, end - begin, out, out_step, latent)
+            weigh(team, halves, weights, apart, stop - row, q, q_step, end - begin, out, out_step, latent)
 
 
 @kernel("8q")
@@ -117,7 +117,7 @@ def unabsorb(args, team, thread, threads):
     matrix, nope, width = word(args, MATRIX), word(args, NOPE), word(args, WRITTEN_WIDTH)
     latent, space = word(matrix, COLUMNS), scratch(team, thread)
     step = max(1, WIDENED // (max(latent, SHARING) * 4))
-    room, row_bytes = space + WIDENED + latent * 4, (step + SCORES) * 4
+    room, row_bytes = space + WIDENED + latent * 4, step * 4
     while True:
         head, begin, end = _share(args, next_chunk(team))
         if head < 0:
@@ -126,7 +126,7 @@ def unabsorb(args, team, thread, threads):
             stop = min(width, row + step)
             weights, apart, halves = _rows(args, head, nope + row, nope + stop, space)
             o, o_step = _read(args, begin, head), _step(args, READ_WIDTH)
-            score(halves, weights, apart, stop - row, o, o_step, end - begin, room, row_bytes, latent)
+            score(team, halves, weights, apart, stop - row, o, o_step, end - begin, room, row_bytes, latent)
             for m in range(begin, end):
                 x, y = f32(room + (m - begin) * row_bytes, stop - row), f32(_written(args, m, head) + row * 4, stop - row)
                 for v in range(stop - row):
