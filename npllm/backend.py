@@ -373,25 +373,27 @@ class Backend:
         Queries are `[nope | rope]`, F wide; c and k_rope are cached.
 
         Rows of few queries take the absorbed form, others the expanded one (npllm.blocks.mla): the same but for rounding.
+        A backend overrides the forms; which one a row takes is decided here.
         """
         (out, L), (_, H, F) = w.weight.shape, q_MHF.shape
         nope = F - (keys.k_BSGK.shape[-1] - L)
         few = [blocks.absorbed_is_cheaper(count, L, out // H) for count in rows.counts]
         if all(few):
-            return self._absorbed(q_MHF, keys, rows, w, nope, mask, scale)
-        out_MHV = self.xp.empty((len(q_MHF), H, out // H - nope), dtype=q_MHF.dtype)
-        for r, (_, _, begin, end) in enumerate(rows):
-            form = self._absorbed if few[r] else self._expanded
-            out_MHV[begin:end] = form(q_MHF[begin:end], keys.only(r), rows.only(r), w, nope, mask, scale)
-        return out_MHV
+            return self.latent_absorbed(q_MHF, keys, rows, w, nope, mask, scale)
+        forms = [self.latent_absorbed if is_few else self.latent_expanded for is_few in few]
+        parts = [
+            form(q_MHF[begin:end], keys.only(r), rows.only(r), w, nope, mask, scale)
+            for r, (form, (_, _, begin, end)) in enumerate(zip(forms, rows, strict=True))
+        ]
+        return self.xp.concatenate(parts)
 
-    def _absorbed(self, q_MHF: Array, keys: Keys, rows: Rows, w: Linear, nope: int, mask: Mask, scale: float) -> Array:
+    def latent_absorbed(self, q_MHF: Array, keys: Keys, rows: Rows, w: Linear, nope: int, mask: Mask, scale: float) -> Array:
         """Queries go to the latent space, and what attention gives comes back -> o_MHV."""
         up_HFL = self.dense(w.weight).reshape(q_MHF.shape[1], -1, w.weight.shape[1])
         q_MHK = blocks.absorb(self.xp, q_MHF, up_HFL, nope)
         return blocks.unabsorb(self.attention(q_MHK, keys, rows, mask=mask, scale=scale), up_HFL, nope)
 
-    def _expanded(self, q_MHF: Array, keys: Keys, rows: Rows, w: Linear, nope: int, mask: Mask, scale: float) -> Array:
+    def latent_expanded(self, q_MHF: Array, keys: Keys, rows: Rows, w: Linear, nope: int, mask: Mask, scale: float) -> Array:
         """Keys and values of all heads are made of the latents of a single row -> o_MHV."""
         latent_SGK, _, first = keys.row(0)
         k_SHK, v_SHV = self.latent_expand(latent_SGK, w, nope, q_MHF.shape[1])
