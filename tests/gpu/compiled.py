@@ -44,10 +44,10 @@ def variants() -> dict[str, list[dict[str, int]]]:
     return {
         "gemv.cu": few, "gemv_gated.cu": few, "gemv_activated.cu": few, "gemm.cu": tiles, "attention.cu": splits,
         "attention_tiles.cu": wide, "norms.cu": [{"WIDE": 1}, {"WIDE": 0}], "rope.cu": [{}], "embed.cu": by_format,
-        "widen.cu": by_format, "append.cu": kept, "elementwise.cu": [{}], "latent.cu": [{}],
+        "widen.cu": by_format, "heads.cu": kept, "elementwise.cu": [{}], "latent.cu": [{}],
         "absorb.cu": absorbed, "latent_attention.cu": latent,
         "moe_few.cu": [{"FORMAT": f, "TOKENS": 1, "ROWS": r} for f, r in product(formats, (2, 4))], "moe_many.cu": tiles,
-        "moe_plan.cu": [{}], "route.cu": [{}], "sample.cu": [{"N": 151936}],
+        "moe_plan.cu": [{}], "route.cu": [{}], "route_few.cu": few, "sample.cu": [{"N": 151936}],
     }  # fmt: skip
 
 

@@ -245,13 +245,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) attend(
         for (int j = 0; j < VALUES; j++)
             if (threadIdx.x + j * THREADS < value_width) mine[lane * record + 2 + threadIdx.x + j * THREADS] = sums[lane][j];
     }
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) arrived = atomicAdd(tickets + tile, 1u);
-    __syncthreads();
-    if (arrived != splits - 1) return;
-    __threadfence();
-    if (threadIdx.x == 0) tickets[tile] = 0;
+    if (!is_last(tickets + tile, (u32)splits, &arrived)) return;
 #pragma unroll 1
     for (int lane = 0; lane < used; lane++) {
         i64 token = row.query + (first_lane + lane) / per, h = head * per + (first_lane + lane) % per;
