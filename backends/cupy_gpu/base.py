@@ -154,6 +154,10 @@ class Base(Backend):
         """`x` as kernels take it: float32 and contiguous; itself where it is."""
         return x if x.dtype == np.float32 and x.flags.c_contiguous else x.astype("float32", order="C")
 
+    def integers(self, x: Array) -> Array:
+        """`x` as kernels take whole numbers: int64 and contiguous; itself where it is."""
+        return x if x.dtype == np.int64 and x.flags.c_contiguous else x.astype("int64", order="C")
+
     def launch(
         self, file: str, name: str, defines: Mapping[str, int], grid: Grid, block: int, args: Iterable[Argument],
         shared: int = 0,

@@ -59,7 +59,7 @@ class Mixtures(Products):
         self, x_MD: Array, w: Experts, index_MC: Array, weight_MC: Array, act: str, weigh: str, residual_MD: Array | None
     ) -> Array:
         """The chosen experts' weighted sum, and the residual."""
-        x_MD, weight_MC, index_MC = self.plain(x_MD), self.plain(weight_MC), index_MC.astype("int64", order="C", copy=False)
+        x_MD, weight_MC, index_MC = self.plain(x_MD), self.plain(weight_MC), self.integers(index_MC)
         y_MD, (M, C) = self.empty(*x_MD.shape), index_MC.shape
         few = M <= FEW
         per = FEW if few else max(1, SLAB_BYTES // (4 * C * x_MD.shape[1]))
