@@ -194,6 +194,7 @@ template <class... A> inline void emu_call(void (*kernel)(A...), void **args) {
 }
 extern unsigned char __start_npllm_shared[] __attribute__((weak, visibility("hidden")));
 extern unsigned char __stop_npllm_shared[] __attribute__((weak, visibility("hidden")));
+extern "C" inline __attribute__((used)) unsigned emu_static_shared() { return __stop_npllm_shared - __start_npllm_shared; }
 #define EMU_ENTRY(kernel)                                                                                              \
     static void emu_entry_##kernel(void **args) { emu_call(kernel, args); }                                            \
     extern "C" int emu_launch_##kernel(const Index3 *grid, const Index3 *block, unsigned shared, unsigned seed, void **args) { \
