@@ -110,10 +110,10 @@ class Attention(Base):
         defines = {"STORED": _stored(keys), "LANES": lanes, "KEYS": tile, "VALUES": values}
         partial = self.empty(len(rows.counts) * G * tiles * splits * lanes * (V + 2)) if splits > 1 else None
         arguments = (
-            *plan, few, q_MHK, H, G, K, V, *_both(keys), *ends, None if partial is None else Out(partial),
+            *plan, few, q_MHK, H, G, K, V, *_both(self, keys), *ends, None if partial is None else Out(partial),
             self.tickets(len(rows.counts) * G * tiles), Out(out_MHV),
         )  # fmt: skip
-        self.launch("attention.cu", "attend", defines, (splits, G * tiles, len(rows.counts)), THREADS, arguments, shared)
+        self.launch("attention.cu", "attend", defines, (G * tiles, splits, len(rows.counts)), THREADS, arguments, shared)
 
     def _attend_many(
         self, q_MHK: Array, keys: Keys, rows: Rows, few: int, plan: tuple[Argument, ...], ends: tuple[Argument, ...],
@@ -124,7 +124,7 @@ class Attention(Base):
         head, values = _tile_width(K), _tile_width(V)
         defines = {"STORED": _stored(keys), "HEAD": head, "VALUES": values, "CAPPED": int(ends[3] != 0.0)}
         shared = 2 * QUERIES * (2 * (head + 8) + values + 8)
-        arguments = (*plan, few, q_MHK, H, G, K, V, *_both(keys), *ends, Out(out_MHV))
+        arguments = (*plan, few, q_MHK, H, G, K, V, *_both(self, keys), *ends, Out(out_MHV))
         grid = (groups(max(rows.counts), QUERIES), H, len(rows.counts))
         self.launch("attention_tiles.cu", "attend_tiles", defines, grid, THREADS, arguments, shared)
 
@@ -147,15 +147,16 @@ def _storage(x_BSGF: Array) -> tuple[Argument, ...]:
     return x_BSGF, *(step // x_BSGF.itemsize for step in x_BSGF.strides[:3])
 
 
-def _aligned(x_BSGF: Array) -> bool:
+def aligned(be: Base, x_BSGF: Array) -> bool:
     """Whether every key begins at a multiple of 16 bytes, where vectors can be read, and is a whole number of them."""
-    return all(step % 16 == 0 for step in (*x_BSGF.strides[:3], x_BSGF.shape[3] * x_BSGF.itemsize))
+    numbers = (be.device.address(x_BSGF), *x_BSGF.strides[:3], x_BSGF.shape[3] * x_BSGF.itemsize)
+    return all(number % 16 == 0 for number in numbers)
 
 
-def _both(keys: Keys) -> tuple[Argument, ...]:
+def _both(be: Base, keys: Keys) -> tuple[Argument, ...]:
     """The storage of keys and of values, the entries of a slot, and whether both can be read in vectors."""
     k_BSGK, v_BSGV = keys.k_BSGK, keys.v_BSGV
-    whole = int(_aligned(k_BSGK) and _aligned(v_BSGV))
+    whole = int(aligned(be, k_BSGK) and aligned(be, v_BSGV))
     return *_storage(k_BSGK), *_storage(v_BSGV), max(1, k_BSGK.shape[1]), whole
 
 

@@ -205,12 +205,19 @@ class Cuda(Device):
         with self.guarded():
             return self.cupy.empty(tuple(shape), dtype=dtype)
 
+    def _not_while_capturing(self) -> None:
+        """CannotCaptureError: a graph would copy what pinned memory holds when it is launched, not what it holds now."""
+        if self.capturing:
+            raise CannotCaptureError("numbers of the host go to the GPU")
+
     def upload(self, array: Array) -> Array:
+        self._not_while_capturing()
         made = self.empty(array.shape, array.dtype)
         self._staging.copy(made, np.ascontiguousarray(array))
         return made
 
     def write(self, array: Array, values: Array) -> None:
+        self._not_while_capturing()
         self._staging.copy(array, np.ascontiguousarray(values))
 
     def download(self, array: Array) -> Array:

@@ -12,7 +12,7 @@ import numpy as np
 
 from npllm.arrays import Array
 from npllm.backend import RMS, Norm, accelerates, split_heads
-from npllm.backends.cupy_gpu.attention import BF16, F32, Attention
+from npllm.backends.cupy_gpu.attention import BF16, F32, Attention, aligned
 from npllm.backends.cupy_gpu.base import THREADS, groups
 from npllm.backends.cupy_gpu.cache import HEADS, NOT_TAKEN, DeviceLayerCache
 from npllm.backends.cupy_gpu.device import Argument, InOut, Out
@@ -164,11 +164,11 @@ class Latents(Attention, Products):
         partial = self.empty(M, H, splits, latent + 2)
         stored = BF16 if x_BSGK.dtype == np.uint16 else F32
         defines = {"STORED": stored, "WIDTH": width, "LATENT": latent, "HEAD_TILES": tiles}
-        steps = x_BSGK.strides[:3]
-        aligned = all(step % 16 == 0 for step in (*steps, width * x_BSGK.itemsize))
+        steps = tuple(step // x_BSGK.itemsize for step in x_BSGK.strides[:3])
+        whole, seen = int(aligned(self, x_BSGK)), (mask.window or 0, mask.chunk or 0)
         args = (
-            self.plan(keys, rows), *self._pages(keys), q_MHK, H, x_BSGK, *(step // x_BSGK.itemsize for step in steps),
-            max(1, x_BSGK.shape[1]), int(aligned), mask.window or 0, mask.chunk or 0, float(scale), Out(partial),
+            self.plan(keys, rows), *self._pages(keys), q_MHK, H, x_BSGK, *steps,
+            max(1, x_BSGK.shape[1]), whole, *seen, float(scale), Out(partial),
         )  # fmt: skip
         grid = (splits, blocks, len(rows.counts))
         self.launch("latent_attention.cu", "attend_latents", defines, grid, 128 * tiles, args, shared_bytes(width, tiles))

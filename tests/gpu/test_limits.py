@@ -76,6 +76,16 @@ def test_attention_of_any_width(dtype: str, stored: str, limit: int) -> None:
     assert {name for name, *_ in be.device.seen} >= {"attend"}  # type: ignore[attr-defined]
 
 
+def test_a_long_prompt_of_many_heads() -> None:
+    """Keys and values of 128 heads, as latents in float32 give them, for 9,000 tokens at once."""
+    be, M, H = on(min(LIMITS), "float32"), 9000, 128
+    k, v = (be.empty(1, M, H, n) for n in (24, 16))
+    keys = Keys(k, v, (0,), (M,), (0,), (0,), be.xp)
+    rows = Rows((0,), (0,), (M,), be.asarray(np.arange(M)))
+    be.attention(be.empty(M, H, 24), keys, rows, mask=CAUSAL, scale=1.0)
+    assert len(be.device.seen) == 1  # type: ignore[attr-defined]
+
+
 def test_the_widest_tiles_fit_the_least_gpu() -> None:
     """Of attend_tiles, whose sizes are fixed: all of what sm_86 has, and not a byte more."""
     from npllm.backends.cupy_gpu.attention import QUERIES
@@ -88,7 +98,7 @@ def test_the_widest_tiles_fit_the_least_gpu() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "stored"])
 @pytest.mark.parametrize(("L", "J"), [(512, 64), (500, 64), (256, 64), (12, 6)])
 def test_latent_attention_of_any_width(L: int, J: int, dtype: str, limit: int) -> None:
-    be, nope, value = on(limit, dtype), 128, 128
+    be, nope, value = on(limit, dtype), 16, 8
     for H, stored, format in product((1, 16, 128), ("float32", "uint16"), ("f32", "bf16")):
         data = np.zeros((H * (nope + value), L), np.float32 if format == "f32" else np.uint16)
         w = Linear(*be.prepare(Linear(Weight("kv_b", data.shape, format, data))))

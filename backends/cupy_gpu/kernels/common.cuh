@@ -44,7 +44,6 @@ __device__ __forceinline__ float load_shared_by_blocks(const float *p) {
     asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
     return v;
 }
-__device__ __forceinline__ void prefetch_l2(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 __device__ __forceinline__ float f16_to_float(u32 bits) {
     float f;

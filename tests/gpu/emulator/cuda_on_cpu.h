@@ -99,7 +99,6 @@ inline void wait_for_inputs() {}
 inline void release_dependents() {}
 template <class T> inline T load_once(const T *p) { return *p; }
 template <class T> inline T load_shared_by_blocks(const T *p) { return *p; }
-inline void prefetch_l2(const void *) {}
 inline float f16_to_float(unsigned bits) {
     unsigned sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 31, mantissa = bits & 1023;
     if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | mantissa << 13);
