@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 
 import pytest
 
+from npllm.backends.cupy_gpu.sources import kernels, source
 from tests.gpu.compiled import ALL_ARCHITECTURES, ARCHITECTURES, Usage, compiled, compiler, variants
 
 VARIANTS = variants()
@@ -21,6 +23,17 @@ needs_compiler = pytest.mark.skipif(
 def test_all_files_are_here() -> None:
     folder = files("npllm.backends.cupy_gpu") / "kernels"
     assert set(VARIANTS) == {file.name for file in folder.iterdir() if file.name.endswith(".cu")}
+
+
+@pytest.mark.parametrize("file", VARIANTS)
+def test_every_kernel_waits_for_its_inputs(file: str) -> None:
+    """Before any way out: what comes after a grid counts on all that came before it."""
+    bodies = re.split(r'^extern "C" __global__ void ', source(file), flags=re.MULTILINE)[1:]
+    assert len(bodies) == len(kernels(file))
+    for body in bodies:
+        waits = re.search(r"wait_for_inputs\(\)|\bproducts<", body.partition("\n}\n")[0])
+        assert waits, body[:80]
+        assert not re.search(r"\breturn\b", body[: waits.start()]), body[:80]
 
 
 def keeps_to_registers(found: list[Usage]) -> None:
