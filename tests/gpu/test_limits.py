@@ -134,3 +134,26 @@ def test_latents_where_a_block_has_little_room(dtype: str, monkeypatch: pytest.M
         return be.to_numpy(be.attention(be.asarray(q.astype(be.array_dtype)), keys, rows, mask=CAUSAL, scale=0.05))
 
     agree(run(EmulatedBackend(dtype)).astype(np.float64), run(Backend("float64")), "reordered")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_keys_at_any_address(tokens: int, dtype: str) -> None:
+    """Vectors are read where keys begin at multiples of 16 bytes, and single numbers elsewhere: the same comes out."""
+    be, S, G, K = EmulatedBackend(dtype), 40, 2, 32
+    dice = np.random.default_rng(5)
+    q, flat = (
+        dice.standard_normal((tokens, 4, K)).astype(np.float32),
+        dice.standard_normal(2 * S * G * K + 1).astype(np.float32),
+    )
+    rows = Rows((0,), (S - tokens,), (tokens,), be.asarray(np.arange(tokens)))
+
+    def attended(offset: int) -> Any:
+        room = be.empty(len(flat) - 1 + offset)[offset:]
+        room[...] = be.asarray(flat[1:])
+        k, v = (room[part * S * G * K :][: S * G * K].reshape(1, S, G, K) for part in range(2))
+        assert be.device.address(k) % 16 == 4 * offset
+        keys = Keys(k, v, (0,), (S,), (0,), (0,), be.xp)
+        return be.to_numpy(be.attention(be.asarray(q), keys, rows, mask=CAUSAL, scale=0.2))
+
+    np.testing.assert_array_equal(attended(1), attended(0))

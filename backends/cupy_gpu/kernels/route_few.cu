@@ -3,7 +3,7 @@
 #include "route.cuh"
 
 // Logits `W h + b` [TOKENS, E] in global memory; the block that is done last chooses by all of them, a warp a token.
-extern "C" __global__ void __launch_bounds__(THREADS, 3) route_few(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) route_few(
     SOURCE, Matrix m, const float *bias, const float *correction_E, Rule rule, float floor, float scale, float *logits,
     u32 *ticket, i64 *index_MC, float *weight_MC) {
     DYNAMIC_SHARED(staged);

@@ -26,7 +26,11 @@ HERE = Path(__file__).parent
 
 OPTIONS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-fno-strict-aliasing")
 
-PROBLEMS = {1: "a barrier that some threads never reach", 2: "copies to shared memory that nobody waited for"}
+PROBLEMS = {
+    1: "a barrier that some threads never reach",
+    2: "copies to shared memory that nobody waited for",
+    3: "a vector that does not begin at a multiple of 16 bytes",
+}
 
 # What arrays begin at multiples of on a GPU.
 ALIGNMENT = 256
