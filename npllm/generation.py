@@ -28,7 +28,7 @@ PREFILL = 512
 
 
 class State(NamedTuple):
-    """What one step works on: packed new tokens, the plan of their rows, the cache, and who draws.
+    """What one step works on: packed new tokens (NumPy, int64), the plan of their rows, the cache, and who draws.
 
     `samplers` holds one Sampler for each row whose last token's logits are wanted (W of them), in the order of the rows.
     `logprobs` says whether a row asked for log-probabilities, so that the logits have to come back.
@@ -277,7 +277,7 @@ class Batch:
         tokens = [token for row, size in taken for token in row.pending[:size]]
         wanted = {id(row) for row in drawing}
         plan = self.cache.plan([row.slot for row in rows], counts, [id(row) in wanted for row in rows])
-        tokens_M = self.backend.asarray(tokens, dtype="int64")
+        tokens_M = np.array(tokens, dtype=np.int64)
         samplers = tuple(row.sampler for row in drawing)
         logprobs = any(row.limits.logprobs is not None for row in drawing)
         drawn = self.backend.step(self.model, State(tokens_M, plan, self.cache, samplers, logprobs))
@@ -288,7 +288,8 @@ class Batch:
         pieces = [
             row.accept(int(token), logits) for row, token, logits in zip(drawing, drawn.tokens_W, logits_WN, strict=True)
         ]
-        self._count(time.perf_counter() - start, len(tokens), len(pieces), prefilling)
+        # A device may have worked on the step while the pieces before it were read.
+        self._count(max(time.perf_counter() - start, drawn.seconds), len(tokens), len(pieces), prefilling)
         return pieces
 
     def _count(self, seconds: float, tokens: int, drawn: int, prefilling: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -63,6 +64,7 @@ class Base(Backend):
         super().__init__(dtype, **options)
         self.device = self.open_device()
         self._tickets: Array = np.empty(0)
+        self.looks_ahead = os.environ.get("NPLLM_LOOKAHEAD") != "0"
         self.xp = self.device.xp  # type: ignore[misc]  # a class cannot know it: CuPy is imported with the first GPU
 
     @classmethod

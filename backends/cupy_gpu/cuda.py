@@ -21,7 +21,7 @@ import numpy as np
 from npllm.arrays import Array, DTypeLike
 from npllm.backend import log_once
 from npllm.backends.cupy_gpu import cublaslt
-from npllm.backends.cupy_gpu.device import Argument, CannotCaptureError, Device, Grid, Kernel, Memory, Packed
+from npllm.backends.cupy_gpu.device import Argument, CannotCaptureError, Device, Graph, Grid, Kernel, Memory, Packed
 from npllm.backends.cupy_gpu.sources import source
 from npllm.errors import BackendError, MemoryLimitError
 from npllm.machine import cache_root, gibibytes
@@ -29,10 +29,16 @@ from npllm.machine import cache_root, gibibytes
 # The least compute capability: cp.async and bf16 products.
 LEAST_ARCHITECTURE = 80
 
-# Bytes of pinned memory that a copy to the GPU goes through at a time; there are two such pieces.
-STAGING = 32 << 20
+# Pieces of pinned memory that copies to the GPU go through, and bytes of each: of weights, and of what a step is told. The
+# small ones are many, so that the host finds one free whatever steps are under way.
+LARGE = 2, 32 << 20
+SMALL = 8, 1 << 16
 
-# cuda.h: CUlaunchAttributeID, and what a function may be told.
+# Bytes of pinned memory for what a step gives, at least.
+LANDING = 4096
+
+# cuda.h: an error, CUlaunchAttributeID, and what a function may be told.
+OUT_OF_MEMORY = 2
 PROGRAMMATIC_STREAM_SERIALIZATION = 6
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 SHARED_WITHOUT_ASKING = 48 * 1024
@@ -177,6 +183,50 @@ class CudaGraph:
         self.graph.launch()
 
 
+class Landing:
+    """Pinned memory that a result comes back to, and the events of when its launch began and when it had come."""
+
+    def __init__(self, cupy: Any, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.memory: Any = cupy.cuda.alloc_pinned_memory(nbytes)
+        self.began, self.came = cupy.cuda.Event(), cupy.cuda.Event()
+
+
+class CudaTurn:
+    """A graph's launch, with a landing of its own until it has been waited for or nobody knows it any more.
+
+    A landing is used again only when its copy has come, so that no copy on its way meets another's.
+    """
+
+    def __init__(self, cupy: Any, landings: list[Landing], graph: Graph, result: Any) -> None:
+        self.cupy, self.landings, self.result = cupy, landings, result
+        free = (i for i, each in enumerate(landings) if each.nbytes >= result.nbytes and each.came.done)
+        at = next(free, None)
+        self.landing = Landing(cupy, max(LANDING, result.nbytes)) if at is None else landings.pop(at)
+        runtime, stream = cupy.cuda.runtime, cupy.cuda.get_current_stream()
+        self.landing.began.record(stream)
+        graph.launch()
+        pointer = int(self.landing.memory.ptr)
+        runtime.memcpyAsync(pointer, result.data.ptr, result.nbytes, runtime.memcpyDeviceToHost, stream.ptr)
+        self.landing.came.record(stream)
+
+    def wait(self) -> tuple[Array, float]:
+        landing, dtype = self.landing, np.dtype(self.result.dtype)
+        landing.came.synchronize()
+        values = np.frombuffer(landing.memory, dtype, self.result.nbytes // dtype.itemsize).copy()
+        seconds = self.cupy.cuda.get_elapsed_time(landing.began, landing.came) / 1e3
+        self._give_back()
+        return values.reshape(self.result.shape), float(seconds)
+
+    def _give_back(self) -> None:
+        self.landings.append(self.landing)
+        del self.landing
+
+    def __del__(self) -> None:
+        if hasattr(self, "landing"):
+            self._give_back()
+
+
 class Cuda(Device):
     """The current GPU."""
 
@@ -193,7 +243,8 @@ class Cuda(Device):
         self.dependent = self.architecture >= 90 and os.environ.get("NPLLM_PDL") != "0"
         self.capturing = False
         self._driver = driver_library()
-        self._staging = Staging(self.cupy)
+        self._staging, self._small = Staging(self.cupy, *LARGE), Staging(self.cupy, *SMALL)
+        self._landings: list[Landing] = []
         self._kernels: dict[tuple[Any, ...], Kernel] = {}
         runtime = self.cupy.cuda.runtime
         from cupy_backends.cuda.libs import nvrtc
@@ -210,7 +261,10 @@ class Cuda(Device):
         return made
 
     def write(self, array: Array, values: Array) -> None:
-        self._staging.copy(array, np.ascontiguousarray(values))
+        self._small.copy(array, np.ascontiguousarray(values))
+
+    def turn(self, graph: Graph, result: Array) -> CudaTurn:
+        return CudaTurn(self.cupy, self._landings, graph, result)
 
     def download(self, array: Array) -> Array:
         return self.cupy.asnumpy(array)
@@ -251,6 +305,8 @@ class Cuda(Device):
         self._check(self._driver.cuLaunchKernelEx(ctypes.byref(configuration), function, packed.pointers, None), kernel)
 
     def _check(self, status: int, kernel: Kernel | None = None) -> None:
+        if status == OUT_OF_MEMORY:
+            raise memory_full(self)
         if status:
             name = ctypes.c_char_p()
             self._driver.cuGetErrorName(status, ctypes.byref(name))
@@ -315,7 +371,7 @@ class Cuda(Device):
 
 
 class MemoryErrors(contextlib.AbstractContextManager[None]):
-    """Turns CuPy's errors of memory into MemoryLimitError, and gives back what no array uses."""
+    """Turns errors of memory, CuPy's or the runtime's, into MemoryLimitError, and gives back what no array uses."""
 
     def __init__(self, device: Cuda) -> None:
         self.device = device
@@ -324,21 +380,27 @@ class MemoryErrors(contextlib.AbstractContextManager[None]):
         pass
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is None or not issubclass(kind, self.device.cupy.cuda.memory.OutOfMemoryError):
-            return
-        self.device.release()
-        free = self.device.memory().free
-        raise MemoryLimitError(
-            f"the GPU's memory is full ({gibibytes(free)} is free): lower max_context or the batch, "
-            "use kv_dtype='bfloat16', or a smaller model"
-        ) from None
+        cuda = self.device.cupy.cuda
+        # A graph's launch, or pinned memory, is no business of CuPy's pool.
+        full = isinstance(error, cuda.runtime.CUDARuntimeError) and "cudaErrorMemoryAllocation" in str(error)
+        if full or isinstance(error, cuda.memory.OutOfMemoryError):
+            raise memory_full(self.device) from None
+
+
+def memory_full(device: Cuda) -> MemoryLimitError:
+    """What is said where the GPU's memory has run out, once what no array uses is given back."""
+    device.release()
+    return MemoryLimitError(
+        f"the GPU's memory is full ({gibibytes(device.memory().free)} is free): lower max_context or the batch, "
+        "use kv_dtype='bfloat16', or a smaller model"
+    )
 
 
 class Staging:
-    """Copies to the GPU through two pieces of pinned memory: one is filled while the other travels."""
+    """Copies to the GPU through a few pieces of pinned memory: one is filled while others travel."""
 
-    def __init__(self, cupy: Any) -> None:
-        self.cupy = cupy
+    def __init__(self, cupy: Any, count: int, size: int) -> None:
+        self.cupy, self.count, self.size = cupy, count, size
         self.pieces: list[tuple[Any, Any]] = []
         self.turn = 0
         self.lock = threading.Lock()
@@ -348,9 +410,9 @@ class Staging:
         flat = values.reshape(-1).view(np.uint8) if values.size else np.empty(0, np.uint8)
         runtime, stream = self.cupy.cuda.runtime, self.cupy.cuda.get_current_stream()
         with self.lock:
-            for begin in range(0, flat.size, STAGING):
+            for begin in range(0, flat.size, self.size):
                 memory, event = self._piece()
-                part = flat[begin : begin + STAGING]
+                part = flat[begin : begin + self.size]
                 event.synchronize()
                 pointer = int(memory.ptr)
                 np.frombuffer(memory, np.uint8, part.size)[:] = part
@@ -358,10 +420,10 @@ class Staging:
                 event.record(stream)
 
     def _piece(self) -> tuple[Any, Any]:
-        while len(self.pieces) < 2:
-            memory: Any = self.cupy.cuda.alloc_pinned_memory(STAGING)
+        while len(self.pieces) < self.count:
+            memory: Any = self.cupy.cuda.alloc_pinned_memory(self.size)
             self.pieces.append((memory, self.cupy.cuda.Event(block=False, disable_timing=True)))
-        self.turn = 1 - self.turn
+        self.turn = (self.turn + 1) % self.count
         return self.pieces[self.turn]
 
 

@@ -72,6 +72,16 @@ class Graph(Protocol):
         """Run all of them, in the order of the device's stream; what they read and write lies where it lay."""
 
 
+class Turn(Protocol):
+    """A graph's launch under way. One that nobody waits for runs to its end and does no harm."""
+
+    def wait(self) -> tuple[Array, float]:
+        """The result's copy, and the seconds that the device took; called once.
+
+        Waits for this launch and what came before it, for nothing that was launched since.
+        """
+
+
 class CannotCaptureError(BackendError):
     """A function does what no graph can hold."""
 
@@ -96,6 +106,9 @@ class Device(Protocol):
 
     def write(self, array: Array, values: Array) -> None:
         """Put a small NumPy array into a device array of its shape and type, in stream order, without waiting."""
+
+    def turn(self, graph: Graph, result: Array) -> Turn:
+        """Launch a graph and have the small array `result`, as it leaves it, copied to the host, without waiting."""
 
     def mapped(self, array: Array) -> Array:
         """A NumPy array's copy in pinned memory of the host, as an array that kernels can read."""

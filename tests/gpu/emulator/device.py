@@ -8,6 +8,7 @@ import hashlib
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +21,7 @@ from npllm.backends.cupy_gpu.cublaslt import Products
 from npllm.backends.cupy_gpu.device import Argument, Device, Grid, Kernel, Memory, Packed
 from npllm.backends.cupy_gpu.sources import kernels, source
 from tests.gpu.emulator.arrays import STREAM, DeviceArray, Module, plain
-from tests.gpu.emulator.launches import Launch, Launches
+from tests.gpu.emulator.launches import Launch, Launches, Moved
 
 HERE = Path(__file__).parent
 
@@ -91,9 +92,23 @@ class Emulator(Device):
         return plain(array).copy()
 
     def write(self, array: Array, values: Array) -> None:
-        STREAM.read("write")
         assert (array.dtype, array.shape) == (values.dtype, values.shape)
-        plain(array)[...] = values
+        values = values.copy()
+
+        def arrive() -> None:
+            plain(array)[...] = values
+            self._moved(array, "writes")
+
+        STREAM.later("write", arrive)
+
+    def turn(self, graph: Any, result: Array) -> EmulatedTurn:
+        turn = EmulatedTurn(graph, result, self._moved)
+        turn.number = STREAM.later("turn", turn.run)
+        return turn
+
+    def _moved(self, array: Array, role: str) -> None:
+        if self.launches is not None:
+            self.launches.add(Moved(array, role))
 
     def mapped(self, array: Array) -> Array:
         return self.upload(array)
@@ -114,6 +129,7 @@ class Emulator(Device):
         return self.kernels[key]
 
     def launch(self, kernel: Kernel, grid: Grid, block: int, args: Iterable[Argument], shared: int = 0) -> None:
+        STREAM.finish("a launch")
         if not (block in range(32, 1025, 32) and shared <= self.shared_limit and min(grid) > 0):
             raise ValueError(f"{kernel.name} on a grid of {grid}, {block} threads and {shared} bytes each")
         launch = Launch(kernel, grid, block, shared, tuple(args))
@@ -160,8 +176,30 @@ class Replay:
         self.calls = calls
 
     def launch(self) -> None:
+        STREAM.later("graph", self.run)
+
+    def run(self) -> None:
         for call in self.calls:
             call()
+
+
+class EmulatedTurn:
+    """A graph's launch whose result nobody sees before it has been waited for."""
+
+    number = 0
+
+    def __init__(self, graph: Replay, result: Array, moved: Callable[[Array, str], None]) -> None:
+        self.graph, self.result, self.moved = graph, result, moved
+
+    def run(self) -> None:
+        began = time.perf_counter()
+        self.graph.run()
+        self.moved(self.result, "reads")
+        self.copy, self.seconds = plain(self.result).copy(), time.perf_counter() - began
+
+    def wait(self) -> tuple[Array, float]:
+        STREAM.wait(self.number)
+        return self.copy, self.seconds
 
 
 class EmulatedBackend(CupyBackend):
