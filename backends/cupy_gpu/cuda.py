@@ -261,7 +261,8 @@ class Cuda(Device):
         return made
 
     def write(self, array: Array, values: Array) -> None:
-        self._small.copy(array, np.ascontiguousarray(values))
+        staging = self._small if values.nbytes <= self._small.size else self._staging
+        staging.copy(array, np.ascontiguousarray(values))
 
     def turn(self, graph: Graph, result: Array) -> CudaTurn:
         return CudaTurn(self.cupy, self._landings, graph, result)

@@ -105,7 +105,7 @@ class Device(Protocol):
         """A device array's copy as a NumPy array: waits for what is to write it."""
 
     def write(self, array: Array, values: Array) -> None:
-        """Put a small NumPy array into a device array of its shape and type, in stream order, without waiting."""
+        """Put a NumPy array into a device array of its shape and type, in stream order; a small one without waiting."""
 
     def turn(self, graph: Graph, result: Array) -> Turn:
         """Launch a graph and have the small array `result`, as it leaves it, copied to the host, without waiting."""
