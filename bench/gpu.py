@@ -103,15 +103,15 @@ class Machine(NamedTuple):
 
 def measured(be: Any) -> Machine:
     """The limits of the current GPU."""
-    return Machine(read_bandwidth(be.device.cupy), matmul_rate(be))
+    return Machine(read_bandwidth(be), matmul_rate(be))
 
 
-def read_bandwidth(cupy: Any, size: int = 1 << 32) -> float:
+def read_bandwidth(be: Any, size: int = 1 << 32) -> float:
     """Bytes per second of a kernel that reads so many."""
+    cupy, blocks = be.device.cupy, 8 * be.device.multiprocessors
     kernel, out = cupy.RawKernel(READ, "read_all"), cupy.zeros(1, cupy.uint32)
     memory = cupy.arange(size // 4, dtype=cupy.uint32)
     memory *= cupy.uint32(2654435761)
-    blocks = 8 * cupy.cuda.Device().attributes["MultiProcessorCount"]
     reading = [_elapsed(cupy, lambda: kernel((blocks,), (512,), (memory, memory.nbytes // 16, out))) for _ in range(10)]
     return float(memory.nbytes) / min(reading)
 

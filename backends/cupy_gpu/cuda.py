@@ -14,6 +14,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -150,16 +151,12 @@ def cubin(file: str, architecture: int, defines: tuple[tuple[str, int], ...], co
 
     A file of the cache begins with a digest of what follows: one that is damaged counts as missing.
     """
-    text, root = source(file), cache_root()
-    key = _digest(f"{text}\0{architecture}\0{defines}\0{compiler}".encode()).hex()
-    if root is None:
-        return compile_cubin(text, file, architecture, defines)
-    path = root / "cuda" / f"{file.removesuffix('.cu')}-{key}.cubin"
-    with contextlib.suppress(OSError):
-        stored = path.read_bytes()
-        if _digest(stored[DIGEST_BYTES:]) == stored[:DIGEST_BYTES]:
-            return stored[DIGEST_BYTES:]
-    made = compile_cubin(text, file, architecture, defines)
+    path = cubin_path(file, architecture, defines, compiler)
+    if (stored := read_cubin(path)) is not None:
+        return stored
+    made = compile_cubin(source(file), file, architecture, defines)
+    if path is None:
+        return made
     # A folder that cannot be written costs time, nothing else.
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,6 +164,38 @@ def cubin(file: str, architecture: int, defines: tuple[tuple[str, int], ...], co
         partial.write_bytes(_digest(made) + made)
         partial.replace(path)
     return made
+
+
+def cubin_folder() -> Path | None:
+    """Where compiled files are kept."""
+    root = cache_root()
+    return None if root is None else root / "cuda"
+
+
+def cubin_path(file: str, architecture: int, defines: tuple[tuple[str, int], ...], compiler: str) -> Path | None:
+    folder = cubin_folder()
+    key = _digest(f"{source(file)}\0{architecture}\0{defines}\0{compiler}".encode()).hex()
+    return None if folder is None else folder / f"{file.removesuffix('.cu')}-{key}.cubin"
+
+
+def read_cubin(path: Path | None) -> bytes | None:
+    if path is not None:
+        with contextlib.suppress(OSError):
+            stored = path.read_bytes()
+            if _digest(stored[DIGEST_BYTES:]) == stored[:DIGEST_BYTES]:
+                return stored[DIGEST_BYTES:]
+    return None
+
+
+def kept_cubins() -> dict[str, Any]:
+    """Folder, bytes and number of the files that are kept, whatever they were compiled for."""
+    folder = cubin_folder()
+    files = [] if folder is None else sorted(folder.glob("*.cubin"))
+    return {
+        "folder": None if folder is None else str(folder),
+        "bytes": sum(file.stat().st_size for file in files),
+        "compiled": len(files),
+    }
 
 
 def _digest(data: bytes) -> bytes:
@@ -290,6 +319,15 @@ class Cuda(Device):
             module.load(cubin(file, self.architecture, macros, self.compiler))
             self._kernels[key] = Kernel(file, name, macros, module.get_function(name))
         return self._kernels[key]
+
+    def is_kept(self, file: str, macros: tuple[tuple[str, int], ...]) -> bool:
+        return read_cubin(cubin_path(file, self.architecture, macros, self.compiler)) is not None
+
+    def compile(self, file: str, macros: tuple[tuple[str, int], ...]) -> None:
+        cubin(file, self.architecture, macros, self.compiler)
+
+    def kept(self) -> dict[str, Any]:
+        return kept_cubins()
 
     def launch(self, kernel: Kernel, grid: Grid, block: int, args: Iterable[Argument], shared: int = 0) -> None:
         packed = Packed(args, self.address)

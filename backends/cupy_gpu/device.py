@@ -91,6 +91,7 @@ class Device(Protocol):
 
     xp: Namespace
     name: str
+    compiler: str
     architecture: int
     multiprocessors: int
     shared_limit: int
@@ -118,6 +119,15 @@ class Device(Protocol):
 
     def kernel(self, file: str, name: str, defines: Mapping[str, int]) -> Kernel:
         """The function `name` of a file in kernels/, compiled with the given macros."""
+
+    def is_kept(self, file: str, macros: tuple[tuple[str, int], ...]) -> bool:
+        """Whether a file's kernels have been compiled with these macros, and the code is kept."""
+
+    def compile(self, file: str, macros: tuple[tuple[str, int], ...]) -> None:
+        """Compile and keep them, in any thread; BackendError."""
+
+    def kept(self) -> dict[str, Any]:
+        """The folder of compiled code (None: none can be kept), its bytes, and how many variants of files there are."""
 
     def launch(self, kernel: Kernel, grid: Grid, block: int, args: Iterable[Argument], shared: int = 0) -> None:
         """Run a kernel after all that was launched before."""

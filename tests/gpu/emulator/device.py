@@ -60,6 +60,7 @@ class Emulator(Device):
 
     xp = Module()
     name = "emulator"
+    compiler = "g++"
     architecture = 90
     multiprocessors = 4
     shared_limit = 227 * 1024
@@ -70,6 +71,7 @@ class Emulator(Device):
         self.runtime = built("runtime", runtime)
         self.limit = memory
         self.kernels: dict[tuple[Any, ...], Kernel] = {}
+        self.compiled: set[tuple[Any, ...]] = set()
         self.launches: Launches | None = None
         self.seed = 0
         self.recording: list[Callable[[], None]] | None = None
@@ -122,11 +124,21 @@ class Emulator(Device):
         key = (file, name, *sorted(defines.items()))
         if key not in self.kernels:
             macros = tuple(sorted(defines.items()))
-            entries = "".join(f"EMU_ENTRY({each})\n" for each in kernels(file))
-            text = self.header + "".join(f"#define {macro} {value}\n" for macro, value in macros) + source(file) + entries
-            library = ctypes.CDLL(str(built(file.removesuffix(".cu"), text, str(self.runtime))))
+            library = ctypes.CDLL(str(self.compile(file, macros)))
             self.kernels[key] = Kernel(file, name, macros, getattr(library, f"emu_launch_{name}"))
         return self.kernels[key]
+
+    def compile(self, file: str, macros: tuple[tuple[str, int], ...]) -> Path:
+        self.compiled.add((file, macros))
+        entries = "".join(f"EMU_ENTRY({each})\n" for each in kernels(file))
+        text = self.header + "".join(f"#define {macro} {value}\n" for macro, value in macros) + source(file) + entries
+        return built(file.removesuffix(".cu"), text, str(self.runtime))
+
+    def is_kept(self, file: str, macros: tuple[tuple[str, int], ...]) -> bool:
+        return (file, macros) in self.compiled
+
+    def kept(self) -> dict[str, Any]:
+        return {"folder": "/emulated", "bytes": 0, "compiled": len(self.compiled)}
 
     def launch(self, kernel: Kernel, grid: Grid, block: int, args: Iterable[Argument], shared: int = 0) -> None:
         STREAM.finish("a launch")
