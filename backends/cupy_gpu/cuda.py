@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -227,25 +228,33 @@ class CudaTurn:
     A landing is used again only when its copy has come, so that no copy on its way meets another's.
     """
 
-    def __init__(self, cupy: Any, landings: list[Landing], graph: Graph, result: Any) -> None:
-        self.cupy, self.landings, self.result = cupy, landings, result
-        free = (i for i, each in enumerate(landings) if each.nbytes >= result.nbytes and each.came.done)
-        at = next(free, None)
-        self.landing = Landing(cupy, max(LANDING, result.nbytes)) if at is None else landings.pop(at)
+    def __init__(self, cupy: Any, landings: list[Landing], graph: Graph, results: Sequence[Any]) -> None:
+        self.cupy, self.landings = cupy, landings
+        needed = sum(each.nbytes for each in results)
+        at = next((i for i, each in enumerate(landings) if each.nbytes >= needed and each.came.done), None)
+        self.landing = Landing(cupy, max(LANDING, needed)) if at is None else landings.pop(at)
         runtime, stream = cupy.cuda.runtime, cupy.cuda.get_current_stream()
         self.landing.began.record(stream)
         graph.launch()
-        pointer = int(self.landing.memory.ptr)
-        runtime.memcpyAsync(pointer, result.data.ptr, result.nbytes, runtime.memcpyDeviceToHost, stream.ptr)
+        self.places: list[tuple[int, np.dtype[Any], tuple[int, ...]]] = []
+        offset = 0
+        for each in results:
+            to = int(self.landing.memory.ptr) + offset
+            runtime.memcpyAsync(to, each.data.ptr, each.nbytes, runtime.memcpyDeviceToHost, stream.ptr)
+            self.places.append((offset, np.dtype(each.dtype), each.shape))
+            offset += each.nbytes
         self.landing.came.record(stream)
 
-    def wait(self) -> tuple[Array, float]:
-        landing, dtype = self.landing, np.dtype(self.result.dtype)
+    def wait(self) -> tuple[list[Array], float]:
+        landing = self.landing
         landing.came.synchronize()
-        values = np.frombuffer(landing.memory, dtype, self.result.nbytes // dtype.itemsize).copy()
+        copies = [
+            np.frombuffer(landing.memory, dtype, math.prod(shape), offset).reshape(shape).copy()
+            for offset, dtype, shape in self.places
+        ]
         seconds = self.cupy.cuda.get_elapsed_time(landing.began, landing.came) / 1e3
         self._give_back()
-        return values.reshape(self.result.shape), float(seconds)
+        return copies, float(seconds)
 
     def _give_back(self) -> None:
         self.landings.append(self.landing)
@@ -293,8 +302,8 @@ class Cuda(Device):
         staging = self._small if values.nbytes <= self._small.size else self._staging
         staging.copy(array, np.ascontiguousarray(values))
 
-    def turn(self, graph: Graph, result: Array) -> CudaTurn:
-        return CudaTurn(self.cupy, self._landings, graph, result)
+    def turn(self, graph: Graph, results: Sequence[Array]) -> CudaTurn:
+        return CudaTurn(self.cupy, self._landings, graph, results)
 
     def download(self, array: Array) -> Array:
         return self.cupy.asnumpy(array)

@@ -75,8 +75,8 @@ class Graph(Protocol):
 class Turn(Protocol):
     """A graph's launch under way. One that nobody waits for runs to its end and does no harm."""
 
-    def wait(self) -> tuple[Array, float]:
-        """The result's copy, and the seconds that the device took; called once.
+    def wait(self) -> tuple[list[Array], float]:
+        """The results' copies, and the seconds that the device took; called once.
 
         Waits for this launch and what came before it, for nothing that was launched since.
         """
@@ -108,8 +108,8 @@ class Device(Protocol):
     def write(self, array: Array, values: Array) -> None:
         """Put a NumPy array into a device array of its shape and type, in stream order; a small one without waiting."""
 
-    def turn(self, graph: Graph, result: Array) -> Turn:
-        """Launch a graph and have the small array `result`, as it leaves it, copied to the host, without waiting."""
+    def turn(self, graph: Graph, results: Sequence[Array]) -> Turn:
+        """Launch a graph and have contiguous arrays, as it leaves them, copied to the host, without waiting."""
 
     def mapped(self, array: Array) -> Array:
         """A NumPy array's copy in pinned memory of the host, as an array that kernels can read."""

@@ -32,10 +32,12 @@ class Ahead(NamedTuple):
     slots: Ints
     starts: Ints
     settings_WS: Array
+    logprobs: bool
     turn: Turn
     tokens: Sequence[int] = ()
 
-    def is_for(self, step: Step, rows: Rows, tokens: Sequence[int], settings_WS: Array) -> bool:
-        """Whether this is the step of these rows, tokens and draws."""
-        same = self.step is step and (self.slots, self.starts, self.tokens) == (rows.slots, rows.starts, tokens)
+    def is_for(self, step: Step, rows: Rows, tokens: Sequence[int], settings_WS: Array, logprobs: bool) -> bool:
+        """Whether this is the step of these rows, tokens and draws, with the logits where they are asked for."""
+        mine = self.slots, self.starts, self.tokens, self.logprobs
+        same = self.step is step and mine == (rows.slots, rows.starts, tokens, logprobs)
         return same and np.array_equal(self.settings_WS, settings_WS)

@@ -1,8 +1,8 @@
 """Drawing tokens on the device (sample.cu), by the rules of npllm.sampling and with its random numbers.
 
-A row's random number does not depend on its logits, so the host draws it before the step, and no logits have to come back.
-Penalties, biases and log-probabilities are computed on the host, where a row's history and what is shown of it are: a step
-in which a row asks for them hands all logits back.
+A row's random number does not depend on its logits, so the host draws it before the step. No logits have to come back, but
+where a row asks for log-probabilities, which the host computes of them. Penalties and biases are the host's matter, where a
+row's history is: it then draws, too.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Draws(Base):
 
     def settings(self, state: State, vocabulary: int) -> Array | None:
         """What the step's tokens are drawn by on the device; None where the host has to draw them."""
-        if state.logprobs or self.dtype == "float64" or vocabulary >= MOST_LOGITS:
+        if self.dtype == "float64" or vocabulary >= MOST_LOGITS:
             return None
         return None if any(sampler.adjusts for sampler in state.samplers) else settings_of(state.samplers)
 
@@ -66,7 +66,7 @@ class Draws(Base):
             args = (logits_WN, tops, parts, settings_WS, Out(tokens_W))
             self.launch("sample.cu", "sample", {"N": N}, (W, 1, 1), THREADS, args)
 
-    def taken(self, tokens_W: Array, samplers: Sequence[Sampler], seconds: float = 0.0) -> Drawn:
+    def taken(self, tokens_W: Array, logits_WN: Array | None, samplers: Sequence[Sampler], seconds: float = 0.0) -> Drawn:
         """Tokens that the device has drawn, which their rows remember, as their chance is spent; NumericsError."""
         tokens_W = tokens_W[: len(samplers)]
         if (tokens_W < 0).any():
@@ -74,4 +74,4 @@ class Draws(Base):
         for sampler, token in zip(samplers, tokens_W.tolist(), strict=True):
             sampler.chance()
             sampler.take(token)
-        return Drawn(tokens_W, None, seconds)
+        return Drawn(tokens_W, logits_WN, seconds)

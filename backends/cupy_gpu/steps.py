@@ -141,17 +141,19 @@ class Steps(Draws):
             else:
                 step.graph.launch()
         state.cache.advance(state.rows)
-        if settings_WS is not None:
-            return self.taken(tokens_W, state.samplers)
         assert step.logits_WN is not None
-        return self.drawn(step.logits_WN[: len(state.samplers)], state, None)
+        logits_WN = step.logits_WN[: len(state.samplers)]
+        if settings_WS is None:
+            return self.drawn(logits_WN, state, None)
+        return self.taken(tokens_W, self.to_numpy(logits_WN) if state.logprobs else None, state.samplers)
 
     def drawn(self, logits_WN: Array, state: State, settings_WS: Array | None) -> Drawn:
         """A token for each row that wants one."""
         if settings_WS is not None:
             tokens_W = self.empty(len(settings_WS), dtype="int64")
             self.sample(logits_WN, self.device.upload(settings_WS), tokens_W)
-            return self.taken(self.to_numpy(tokens_W), state.samplers)
+            shown_WN = self.to_numpy(logits_WN) if state.logprobs else None
+            return self.taken(self.to_numpy(tokens_W), shown_WN, state.samplers)
         logits_WN = self.to_numpy(logits_WN)
         tokens = [sampler.draw(logits_N) for sampler, logits_N in zip(state.samplers, logits_WN, strict=True)]
         return Drawn(np.array(tokens, dtype=np.int64), logits_WN if state.logprobs else None)
@@ -178,14 +180,14 @@ class Steps(Draws):
         """A captured step, and the one after it launched before this one's tokens are waited for."""
         rows, tokens = state.rows, state.tokens_M.tolist()
         assert isinstance(rows, DeviceRows)
-        if rows.ahead is not None and rows.ahead.is_for(step, rows, tokens, settings_WS):
+        if rows.ahead is not None and rows.ahead.is_for(step, rows, tokens, settings_WS, state.logprobs):
             turn = rows.ahead.turn
         else:
-            turn = self._played(step, tokens, rows, settings_WS)
+            turn = self._played(step, tokens, rows, settings_WS, state.logprobs)
         step.cache.advance(rows)
         ahead = self._ahead(step, rows.moved(1), state)
-        tokens_W, seconds = turn.wait()
-        drawn = self.taken(tokens_W, state.samplers, seconds)
+        (tokens_W, *logits), seconds = turn.wait()
+        drawn = self.taken(tokens_W, logits[0] if logits else None, state.samplers, seconds)
         step.cache.ahead = ahead and ahead._replace(tokens=drawn.tokens_W.tolist())
         return drawn
 
@@ -195,19 +197,23 @@ class Steps(Draws):
             return None
         settings_WS = settings_of(state.samplers, 1)
         try:
-            turn = self._played(step, None, rows, settings_WS)
+            turn = self._played(step, None, rows, settings_WS, state.logprobs)
         except MemoryLimitError:
             # Nobody has asked for it yet, and the tokens of the step before it are on their way.
             step.looks_ahead = False
             return None
-        return Ahead(step, rows.slots, rows.starts, settings_WS, turn)
+        return Ahead(step, rows.slots, rows.starts, settings_WS, state.logprobs, turn)
 
-    def _played(self, step: Step, tokens: Sequence[int] | None, rows: DeviceRows, settings_WS: Array) -> Turn:
+    def _played(
+        self, step: Step, tokens: Sequence[int] | None, rows: DeviceRows, settings_WS: Array, logprobs: bool
+    ) -> Turn:
         """The captured step once more; without tokens, with those that the launch before it draws."""
         assert step.graph is not None
+        assert step.logits_WN is not None
         with self.limited(len(rows.slots), step.model.parameters):
             step.fill(tokens, rows, settings_WS)
-            return self.device.turn(step.graph, step.tokens_M)
+            results = [step.tokens_M, step.logits_WN[: len(rows.slots)]]
+            return self.device.turn(step.graph, results if logprobs else results[:1])
 
     def _forward(self, step: Step, rows: Rows) -> Array:
         """The step's logits [room, N]; its tokens are drawn."""
@@ -215,6 +221,7 @@ class Steps(Draws):
         step.layers.clear()
         step.kept.clear()
         logits_WN = model.architecture.forward(self, model.config, model.weights, step.tokens_M, step.rows(rows), step.cache)
+        logits_WN = self.plain(logits_WN)
         self.sample(logits_WN, step.settings_WS, step.tokens_M)
         return logits_WN
 

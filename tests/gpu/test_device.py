@@ -204,13 +204,14 @@ def test_what_a_turn_gives_is_what_its_launch_left(actions: list[str]) -> None:
         elif action == "turn":
             told = 2 * told + 1
             busy = [each for each in landings if not each.came.done]
-            turns.append((cuda.CudaTurn(cupy, landings, graph, target), told, cupy.done + len(cupy.todo)))
+            half = on_device(memory[3:])
+            turns.append((cuda.CudaTurn(cupy, landings, graph, [target, half]), told, cupy.done + len(cupy.todo)))
             assert turns[-1][0].landing not in busy
         elif action == "wait" and turns:
             turn, want, last = turns.pop(number % len(turns))
             before = cupy.done
             got, seconds = turn.wait()
-            assert got.tolist() == want.tolist()
+            assert [each.tolist() for each in got] == [want.tolist(), want[3:].tolist()]
             assert seconds > 0
             assert cupy.done == max(before, last)
         elif action == "drop" and turns:
@@ -223,9 +224,9 @@ def test_steps_that_follow_each_other_take_turns_with_two_landings() -> None:
     cupy, landings = Pending(), []
     memory = np.zeros(4, np.int64)
     graph: Any = SimpleNamespace(launch=lambda: None)
-    ahead = cuda.CudaTurn(cupy, landings, graph, on_device(memory))
+    ahead = cuda.CudaTurn(cupy, landings, graph, [on_device(memory)])
     for _ in range(20):
-        turn, ahead = ahead, cuda.CudaTurn(cupy, landings, graph, on_device(memory))
+        turn, ahead = ahead, cuda.CudaTurn(cupy, landings, graph, [on_device(memory)])
         turn.wait()
     assert cupy.allocated == 2
 

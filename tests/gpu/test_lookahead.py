@@ -135,6 +135,36 @@ def test_a_step_reads_what_the_one_before_it_drew() -> None:
     assert launches.hazards() == []
 
 
+def test_log_probabilities_come_with_the_token(log: list[tuple[str, int]]) -> None:
+    """The same as without looking ahead and, but for rounding, as the canon's; nothing more is waited for."""
+    options: dict[str, Any] = {"max_tokens": 12, "temperature": 1.0, "seed": 2, "logprobs": 3, "ignore_eos": True}
+    stream = model("qwen3").stream([5, 6, 7], **options)
+    pieces = [next(stream) for _ in range(5)]
+    log.clear()
+    pieces.append(next(stream))
+    assert [what for what, _ in log] == ["write", "turn", "wait"]
+    pieces += stream
+    told = [piece.logprob for piece in pieces]
+    assert told == model("qwen3", ahead=False).generate([5, 6, 7], **options).logprobs
+    described = interpret(CONFIGS["qwen3"] | {"model_type": "qwen3"}, "qwen3")
+    want = LLM.random(described, Backend("float32")).generate([5, 6, 7], **options).logprobs
+    assert want is not None
+    for ours, theirs in zip(told, want, strict=True):
+        assert ours is not None
+        assert ours.token == theirs.token
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+
+
+def test_penalties_are_the_hosts_matter(log: list[tuple[str, int]]) -> None:
+    options: dict[str, Any] = {"max_tokens": 12, "repetition_penalty": 1.3, "logit_bias": {9: 2.0}, "ignore_eos": True}
+    described = interpret(CONFIGS["qwen3"] | {"model_type": "qwen3"}, "qwen3")
+    want = LLM.random(described, Backend("float32")).generate(PROMPTS, **options)
+    log.clear()
+    got = model("qwen3").generate(PROMPTS, **options)
+    assert [each.tokens for each in got] == [each.tokens for each in want]
+    assert "turn" not in [what for what, _ in log]
+
+
 def test_it_can_be_switched_off(log: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NPLLM_LOOKAHEAD", "0")
     assert not EmulatedBackend("float32").looks_ahead

@@ -103,8 +103,9 @@ class Emulator(Device):
 
         STREAM.later("write", arrive)
 
-    def turn(self, graph: Any, result: Array) -> EmulatedTurn:
-        turn = EmulatedTurn(graph, result, self._moved)
+    def turn(self, graph: Any, results: Sequence[Array]) -> EmulatedTurn:
+        assert all(each.flags.c_contiguous for each in results)
+        turn = EmulatedTurn(graph, results, self._moved)
         turn.number = STREAM.later("turn", turn.run)
         return turn
 
@@ -196,22 +197,24 @@ class Replay:
 
 
 class EmulatedTurn:
-    """A graph's launch whose result nobody sees before it has been waited for."""
+    """A graph's launch whose results nobody sees before it has been waited for."""
 
     number = 0
 
-    def __init__(self, graph: Replay, result: Array, moved: Callable[[Array, str], None]) -> None:
-        self.graph, self.result, self.moved = graph, result, moved
+    def __init__(self, graph: Replay, results: Sequence[Array], moved: Callable[[Array, str], None]) -> None:
+        self.graph, self.results, self.moved = graph, results, moved
 
     def run(self) -> None:
         began = time.perf_counter()
         self.graph.run()
-        self.moved(self.result, "reads")
-        self.copy, self.seconds = plain(self.result).copy(), time.perf_counter() - began
+        self.copies = [plain(each).copy() for each in self.results]
+        for each in self.results:
+            self.moved(each, "reads")
+        self.seconds = time.perf_counter() - began
 
-    def wait(self) -> tuple[Array, float]:
+    def wait(self) -> tuple[list[Array], float]:
         STREAM.wait(self.number)
-        return self.copy, self.seconds
+        return self.copies, self.seconds
 
 
 class EmulatedBackend(CupyBackend):
