@@ -230,9 +230,7 @@ class CudaTurn:
 
     def __init__(self, cupy: Any, landings: list[Landing], graph: Graph, results: Sequence[Any]) -> None:
         self.cupy, self.landings = cupy, landings
-        needed = sum(each.nbytes for each in results)
-        at = next((i for i, each in enumerate(landings) if each.nbytes >= needed and each.came.done), None)
-        self.landing = Landing(cupy, max(LANDING, needed)) if at is None else landings.pop(at)
+        self.landing = self._free(sum(each.nbytes for each in results))
         runtime, stream = cupy.cuda.runtime, cupy.cuda.get_current_stream()
         self.landing.began.record(stream)
         graph.launch()
@@ -244,6 +242,15 @@ class CudaTurn:
             self.places.append((offset, np.dtype(each.dtype), each.shape))
             offset += each.nbytes
         self.landing.came.record(stream)
+
+    def _free(self, nbytes: int) -> Landing:
+        for each in tuple(self.landings):
+            if each.nbytes >= nbytes and each.came.done:
+                # Another thread may have been faster. No lock: what gives a landing back may run at any time.
+                with contextlib.suppress(ValueError):
+                    self.landings.remove(each)
+                    return each
+        return Landing(self.cupy, max(LANDING, nbytes))
 
     def wait(self) -> tuple[list[Array], float]:
         landing = self.landing

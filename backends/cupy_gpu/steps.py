@@ -192,8 +192,8 @@ class Steps(Draws):
         return drawn
 
     def _ahead(self, step: Step, rows: DeviceRows, state: State) -> Ahead | None:
-        """The step over these rows, launched without knowing its tokens; None where the cache has no room for it."""
-        if not step.looks_ahead or max(rows.starts) >= step.cache.size:
+        """The step over these rows, launched without knowing its tokens; None where it will not be, or has no room."""
+        if state.ends or not step.looks_ahead or max(rows.starts) >= step.cache.size:
             return None
         settings_WS = settings_of(state.samplers, 1)
         try:

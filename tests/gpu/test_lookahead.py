@@ -109,7 +109,8 @@ def test_between_two_tokens_the_host_waits_for_nothing_but_the_step_before(log: 
         (one, wrote), (two, launched), waited = log
         assert (one, two) == ("write", "turn")
         assert waited == ("wait", wrote - 1) == ("wait", launched - 2)
-    stream.close()
+    assert [piece.finish_reason for piece in stream] == ["length"]
+    assert not STREAM.todo, "a step behind the last one"
 
 
 def test_a_step_reads_what_the_one_before_it_drew() -> None:
