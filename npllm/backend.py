@@ -23,12 +23,12 @@ from npllm.arrays import Array, DTypeLike, Namespace
 from npllm.blocks.masks import Mask
 from npllm.blocks.moe import Router
 from npllm.blocks.rope import Angles, Rope
-from npllm.cache import Cache, Keys, LayerSpec, Rows
+from npllm.cache import Cache, Keys, LayerCache, LayerSpec, Rows
 from npllm.errors import BackendError
 from npllm.handles import Handle, Stack, Weight
 from npllm.machine import available_memory
 from npllm.sampling import Drawn, whole
-from npllm.weights import MLP, QKV, Experts, Gate, GatedFFN, LatentKV, Linear, Tensor
+from npllm.weights import MLP, QKV, Experts, Gate, GatedFFN, LatentKV, LatentQ, Linear, Tensor
 
 if TYPE_CHECKING:
     from npllm.generation import State
@@ -58,6 +58,23 @@ class LN(NamedTuple):
 Norm = RMS | LN
 
 
+class HeadNorms(NamedTuple):
+    """RMS norms of new queries and keys (qk-norm), and of values, each over a head; None leaves them as they are.
+
+    whole   the norm of queries and that of keys run over all heads side by side (OLMo 2).
+    turned  queries and keys are normed after RoPE (Llama 4), not before it.
+    """
+
+    q: RMS | None = None
+    k: RMS | None = None
+    v: RMS | None = None
+    whole: bool = False
+    turned: bool = False
+
+
+UNNORMED = HeadNorms()
+
+
 def split_heads(x_MF: Array, head_dim: int) -> Array:
     """x_MF -> x_MHK of heads `head_dim` wide; M = 0 is legal."""
     return x_MF.reshape(len(x_MF), x_MF.shape[1] // head_dim, head_dim)
@@ -66,6 +83,10 @@ def split_heads(x_MF: Array, head_dim: int) -> Array:
 def merge_heads(o_MHV: Array) -> Array:
     """o_MHV -> o_MF, the heads side by side; M = 0 is legal."""
     return o_MHV.reshape(len(o_MHV), o_MHV.shape[1] * o_MHV.shape[2])
+
+
+def _scaled(q_MHK: Array, scale_M: Array | None) -> Array:
+    return q_MHK if scale_M is None else q_MHK * scale_M[:, None, None]
 
 
 def widened_parts(weight: Weight) -> list[slice]:
@@ -323,11 +344,9 @@ class Backend:
 
     def normed(self, x_MD: Array, norm: Norm | None, /) -> Array:
         """`norm` applied to `x_MD`; None passes it through."""
-        if norm is None:
-            return x_MD
-        if isinstance(norm, RMS):
-            return self.rms_norm(x_MD, norm.params, norm.eps, norm.offset)
-        return self.layer_norm(x_MD, norm.params, norm.eps)
+        if isinstance(norm, LN):
+            return self.layer_norm(x_MD, norm.params, norm.eps)
+        return self._rms(x_MD, norm)
 
     def project_heads(
         self, x_MD: Array, w: QKV, /, head_dim: int, *, norm: Norm | None = None
@@ -336,6 +355,36 @@ class Backend:
         h_MD = self.mark("attention.input", self.normed(x_MD, norm))
         q_MF, k_MF, v_MF = (self.linear(h_MD, part) for part in w)
         return split_heads(q_MF, head_dim), split_heads(k_MF, head_dim), split_heads(v_MF, head_dim)
+
+    def append_heads(
+        self, q_MHK: Array, k_MGK: Array, v_MGV: Array, memory: LayerCache, rows: Rows, /, *,
+        norms: HeadNorms = UNNORMED, angles: Angles | None = None, interleaved: bool = False, scale_M: Array | None = None,
+    ) -> tuple[Array, Keys]:  # fmt: skip
+        """Norms and RoPE of new queries and keys; keys and values go to `memory` -> q_MHK, and the keys that they attend to.
+
+        Without `angles` nothing turns. Queries are multiplied with `scale_M` in the end.
+        """
+        how = (norms.whole, norms.turned, angles, interleaved)
+        q_MHK = _scaled(self._positioned(q_MHK, norms.q, *how), scale_M)
+        k_MGK = self._positioned(k_MGK, norms.k, *how)
+        q_MHK, k_MGK = self.mark("attention.q", q_MHK), self.mark("attention.k", k_MGK)
+        return q_MHK, memory.append(k_MGK, self.mark("attention.v", self._rms(v_MGV, norms.v)), rows)
+
+    def _positioned(
+        self, x_MHK: Array, norm: RMS | None, whole: bool, turned: bool, angles: Angles | None, interleaved: bool
+    ) -> Array:
+        """Heads normed and turned."""
+        if angles is not None and turned:
+            x_MHK = self.rope(x_MHK, angles, interleaved)
+        x_MHK = split_heads(self._rms(merge_heads(x_MHK), norm), x_MHK.shape[2]) if whole else self._rms(x_MHK, norm)
+        return x_MHK if angles is None or turned else self.rope(x_MHK, angles, interleaved)
+
+    def _rms(self, x_D: Array, norm: RMS | None) -> Array:
+        return x_D if norm is None else self.rms_norm(x_D, norm.params, norm.eps, norm.offset)
+
+    def add_normed(self, x_MD: Array, y_MD: Array, norm: Norm, /) -> Array:
+        """`x + norm(y)`: a branch whose norm stands after it."""
+        return x_MD + self.normed(y_MD, norm)
 
     def gated_ffn(
         self, x_MD: Array, w: GatedFFN, /, act: str, *, norm: Norm | None = None, residual_MD: Array | None = None
@@ -362,6 +411,35 @@ class Backend:
         index_MC, weight_MC = blocks.route(self.xp, logits_ME, router, correction_E)
         return self.mark("moe.topk_index", index_MC), self.mark("moe.topk_weight", weight_MC)
 
+    def expert_ffn(
+        self, h_MD: Array, w: Experts, index_MC: Array, weight_MC: Array, /, act: str, *,
+        residual_MD: Array, weigh: str = "output", shared: GatedFFN | None = None,
+    ) -> Array:  # fmt: skip
+        """`residual + moe(h)`, and what an expert that all tokens share says of h."""
+        routed_MD = self.mark("moe.routed", self.moe(h_MD, w, index_MC, weight_MC, act, weigh=weigh))
+        y_MD = residual_MD + routed_MD
+        return y_MD if shared is None else y_MD + self.mark("moe.shared", self.gated_ffn(h_MD, shared, act))
+
+    def append_latents(
+        self, x_MD: Array, q: Linear | LatentQ, kv: LatentKV, memory: LayerCache, rows: Rows, angles: Angles, /,
+        head_dim: int, eps: float, *, norm: Norm | None = None, interleaved: bool = True, scale_M: Array | None = None,
+    ) -> tuple[Array, Keys]:  # fmt: skip
+        """Norm, then MLA's queries `[nope | rope]`, the second part turned; latents go to `memory` -> q_MHK, and the keys.
+
+        `eps` is that of the norms of latent vectors. Queries are multiplied with `scale_M` in the end.
+        """
+        h_MD = self.mark("attention.input", self.normed(x_MD, norm))
+        if isinstance(q, LatentQ):
+            q_MF = self.linear(self.rms_norm(self.linear(h_MD, q.q_a_proj), q.q_a_layernorm, eps), q.q_b_proj)
+        else:
+            q_MF = self.linear(h_MD, q)
+        q_MHK, nope = split_heads(q_MF, head_dim), head_dim - 2 * angles.cos_MJ.shape[1]
+        turned_MHJ = self.rope(q_MHK[..., nope:], angles, interleaved)
+        q_MHK = _scaled(self.xp.concatenate([q_MHK[..., :nope], turned_MHJ], axis=-1), scale_M)
+        latent_MGK = self.latent_project(h_MD, kv, angles, eps, interleaved=interleaved)
+        q_MHK, latent_MGK = self.mark("attention.q", q_MHK), self.mark("attention.latent", latent_MGK)
+        return q_MHK, memory.append(latent_MGK, None, rows)
+
     def latent_project(self, h_MD: Array, w: LatentKV, angles: Angles, /, eps: float, *, interleaved: bool = True) -> Array:
         """What MLA caches of each token, `[norm(c) | rope(k)]` -> latent_MGK with G = 1."""
         down_MF = self.linear(h_MD, w.kv_a_proj_with_mqa)
@@ -373,25 +451,27 @@ class Backend:
         Queries are `[nope | rope]`, F wide; c and k_rope are cached.
 
         Rows of few queries take the absorbed form, others the expanded one (npllm.blocks.mla): the same but for rounding.
+        A backend overrides the forms; which one a row takes is decided here.
         """
         (out, L), (_, H, F) = w.weight.shape, q_MHF.shape
         nope = F - (keys.k_BSGK.shape[-1] - L)
         few = [blocks.absorbed_is_cheaper(count, L, out // H) for count in rows.counts]
         if all(few):
-            return self._absorbed(q_MHF, keys, rows, w, nope, mask, scale)
-        out_MHV = self.xp.empty((len(q_MHF), H, out // H - nope), dtype=q_MHF.dtype)
-        for r, (_, _, begin, end) in enumerate(rows):
-            form = self._absorbed if few[r] else self._expanded
-            out_MHV[begin:end] = form(q_MHF[begin:end], keys.only(r), rows.only(r), w, nope, mask, scale)
-        return out_MHV
+            return self.latent_absorbed(q_MHF, keys, rows, w, nope, mask, scale)
+        forms = [self.latent_absorbed if is_few else self.latent_expanded for is_few in few]
+        parts = [
+            form(q_MHF[begin:end], keys.only(r), rows.only(r), w, nope, mask, scale)
+            for r, (form, (_, _, begin, end)) in enumerate(zip(forms, rows, strict=True))
+        ]
+        return self.xp.concatenate(parts)
 
-    def _absorbed(self, q_MHF: Array, keys: Keys, rows: Rows, w: Linear, nope: int, mask: Mask, scale: float) -> Array:
+    def latent_absorbed(self, q_MHF: Array, keys: Keys, rows: Rows, w: Linear, nope: int, mask: Mask, scale: float) -> Array:
         """Queries go to the latent space, and what attention gives comes back -> o_MHV."""
         up_HFL = self.dense(w.weight).reshape(q_MHF.shape[1], -1, w.weight.shape[1])
         q_MHK = blocks.absorb(self.xp, q_MHF, up_HFL, nope)
         return blocks.unabsorb(self.attention(q_MHK, keys, rows, mask=mask, scale=scale), up_HFL, nope)
 
-    def _expanded(self, q_MHF: Array, keys: Keys, rows: Rows, w: Linear, nope: int, mask: Mask, scale: float) -> Array:
+    def latent_expanded(self, q_MHF: Array, keys: Keys, rows: Rows, w: Linear, nope: int, mask: Mask, scale: float) -> Array:
         """Keys and values of all heads are made of the latents of a single row -> o_MHV."""
         latent_SGK, _, first = keys.row(0)
         k_SHK, v_SHV = self.latent_expand(latent_SGK, w, nope, q_MHF.shape[1])
@@ -407,7 +487,10 @@ class Backend:
 # What a trace leaves to the backend it traces, and what it computes by the canonical bodies.
 SERVICES = ("limited", "asarray", "to_numpy", "prepare", "dense", "new_cache")
 FINE = ("embed", "rms_norm", "layer_norm", "linear", "angles", "rope", "attention", "latent_expand", "moe")
-COARSE = ("normed", "project_heads", "gated_ffn", "mlp", "route", "latent_project", "latent_attention", "step")
+COARSE = (
+    "normed", "project_heads", "append_heads", "add_normed", "gated_ffn", "mlp", "route", "expert_ffn", "append_latents",
+    "latent_project", "latent_attention", "step",
+)  # fmt: skip
 OPERATIONS = FINE + COARSE
 
 B = TypeVar("B", bound=Callable[..., Any])

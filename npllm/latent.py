@@ -10,13 +10,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from npllm.arrays import Array
-from npllm.backend import RMS, Backend, split_heads
+from npllm.backend import RMS, Backend
 from npllm.blocks import Angles, Router
 from npllm.blocks.rope import yarn_mscale
-from npllm.cache import LayerSpec
+from npllm.cache import Keys, LayerCache, LayerSpec, Rows
 from npllm.config import MOST_EXPERTS, DecoderConfig, Reader, divide, read_decoder
 from npllm.errors import ConfigError
-from npllm.weights import Bundle, LatentKV, Spec, Tensor, experts_spec, gated_ffn_spec, linear_spec, norm_spec, router_spec
+from npllm.weights import (
+    Bundle,
+    LatentKV,
+    LatentQ,
+    Linear,
+    Spec,
+    Tensor,
+    experts_spec,
+    gated_ffn_spec,
+    linear_spec,
+    norm_spec,
+    router_spec,
+)
 
 # The eps of the norms of both latent vectors, whatever rms_norm_eps is.
 LATENT_EPS = 1e-6
@@ -147,15 +159,21 @@ def latent_cache_spec(c: LatentConfig) -> list[LayerSpec]:
     return [LayerSpec(1, c.kv_lora_rank + c.qk_rope_head_dim, 0, latent=c.kv_lora_rank)] * c.num_hidden_layers
 
 
-def latent_queries(be: Backend, c: LatentConfig, w: Any, h_MD: Array, angles: Angles) -> Array:
-    """Queries of all heads, `[nope | rope]`, the second part turned -> q_MHK; without q_lora_rank, straight from `h_MD`."""
-    if c.q_lora_rank is None:
-        q_MF = be.linear(h_MD, w.q_proj)
-    else:
-        q_MF = be.linear(be.rms_norm(be.linear(h_MD, w.q_a_proj), w.q_a_layernorm, LATENT_EPS), w.q_b_proj)
-    q_MHK = split_heads(q_MF, c.head_dim)
-    still, turning = q_MHK[..., : c.qk_nope_head_dim], q_MHK[..., c.qk_nope_head_dim :]
-    return be.xp.concatenate([still, be.rope(turning, angles, interleaved=c.rope_interleave)], axis=-1)
+def latent_heads(
+    be: Backend, c: LatentConfig, w: Any, x_MD: Array, angles: Angles, rows: Rows, memory: LayerCache,
+    scale_M: Array | None = None,
+) -> tuple[Array, Keys]:  # fmt: skip
+    """The layer's norm, then queries, and latents into the cache -> q_MHK, and the keys that they attend to."""
+    norm, attention = RMS(w.input_layernorm, c.rms_norm_eps), w.self_attn
+    return be.append_latents(
+        x_MD, query_weights(c, attention), attention.kv_a, memory, rows, angles, c.head_dim, LATENT_EPS,
+        norm=norm, interleaved=c.rope_interleave, scale_M=scale_M,
+    )  # fmt: skip
+
+
+def query_weights(c: LatentConfig, w: Any) -> Linear | LatentQ:
+    """What makes the queries: one matrix where there is no q_lora_rank, else the way through a latent vector."""
+    return w.q_proj if c.q_lora_rank is None else LatentQ(w.q_a_proj, w.q_a_layernorm, w.q_b_proj)
 
 
 def latent_ffn(be: Backend, c: LatentConfig, w: Any, x_MD: Array, moe: bool) -> Array:
@@ -165,5 +183,5 @@ def latent_ffn(be: Backend, c: LatentConfig, w: Any, x_MD: Array, moe: bool) -> 
         return be.gated_ffn(x_MD, w.mlp, c.hidden_act, norm=norm, residual_MD=x_MD)
     h_MD = be.mark("moe.input", be.normed(x_MD, norm))
     index_MC, weight_MC = be.route(h_MD, w.mlp.router, c.router)
-    routed_MD = be.mark("moe.routed", be.moe(h_MD, w.mlp.experts, index_MC, weight_MC, c.hidden_act))
-    return x_MD + routed_MD + be.mark("moe.shared", be.gated_ffn(h_MD, w.mlp.shared_experts, c.hidden_act))
+    shared = w.mlp.shared_experts
+    return be.expert_ffn(h_MD, w.mlp.experts, index_MC, weight_MC, c.hidden_act, residual_MD=x_MD, shared=shared)

@@ -114,6 +114,14 @@ class Experts(NamedTuple):
     down_proj: Linear
 
 
+class LatentQ(NamedTuple):
+    """MLA's way to queries through a latent vector, and the norm of that vector."""
+
+    q_a_proj: Linear
+    q_a_layernorm: Linear
+    q_b_proj: Linear
+
+
 class LatentKV(NamedTuple):
     """MLA's projection to the latent vector and the shared key, and the norm of the latent vector."""
 

@@ -12,7 +12,7 @@ from npllm.arrays import Array
 from npllm.backend import Backend, merge_heads
 from npllm.cache import LayerCache, LayerSpec, Rows
 from npllm.handles import Stack, Weight
-from npllm.latent import LATENT_EPS, latent_queries
+from npllm.latent import LATENT_EPS, query_weights
 from npllm.models import interpret
 from npllm.weights import Experts, Gate, GatedFFN, LatentKV, Linear
 from tests.export import TRUTH, stale
@@ -135,11 +135,11 @@ def latent_attention(be: Backend, given: Parameters, t: Tensors, x_MD: Array, ro
     """A layer of latent attention by the backend's operations, output projection included -> y_MD."""
     c, w = config_of(given), Projections(be, t)
     angles = be.angles(c.rope, rows.positions_M)
-    q_MHK = latent_queries(be, c, w, x_MD, angles)
+    scale_M = None
     if given["model"] == "mistral4":
         scale_M = blocks.temperature(be.xp, rows.positions_M, c.trained_context, c.llama_4_scaling_beta, be.array_dtype)
-        q_MHK = q_MHK * scale_M[:, None, None]
     kv_a = LatentKV(w.kv_a_proj_with_mqa, w.kv_a_layernorm)
-    keys = memory.append(be.latent_project(x_MD, kv_a, angles, LATENT_EPS), None, rows)
+    of = (query_weights(c, w), kv_a, memory, rows, angles, c.head_dim, LATENT_EPS)
+    q_MHK, keys = be.append_latents(x_MD, *of, scale_M=scale_M)
     o_MHV = be.latent_attention(q_MHK, keys, rows, w.kv_b_proj, mask=blocks.CAUSAL, scale=c.scale)
     return be.linear(merge_heads(o_MHV), w.o_proj)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from npllm.arrays import Array
@@ -17,8 +19,10 @@ THREADS = 128
 # Queries of a block: the least that holds a token's heads of one key head.
 LANES = (4, 8, 16)
 
-# Bytes of a key or value, at most, and the keys of a tile by it: the tiles of a block take less than 72 KiB.
+# Bytes of a key or value, at most, and the keys of a tile by it: the tiles of a block take less than 72 KiB. Fewer where a
+# block may not have as much, and at least four.
 TILES = ((256, 64), (512, 32), (2048, 16), (4096, 8))
+LEAST_TILE = 4
 
 # Blocks per multiprocessor that a step is cut into, and keys that a split should have.
 BLOCKS = 2
@@ -45,6 +49,27 @@ def unreadable(be: Base, keys: Keys) -> str | None:
     if max(k_BSGK.shape[-1], v_BSGV.shape[-1]) * k_BSGK.itemsize > TILES[-1][0] or v_BSGV.shape[-1] > 4 * THREADS:
         return f"heads {max(k_BSGK.shape[-1], v_BSGV.shape[-1])} wide"
     return None
+
+
+class Shape(NamedTuple):
+    """Of a block of attention.cu: its queries, the keys of a tile, and its bytes of shared memory: what it asks for, and
+    what its arrays take besides."""
+
+    lanes: int
+    tile: int
+    shared: int
+    arrays: int
+
+
+def shape_of(widths: tuple[int, int], stored: int, lanes: int, limit: int) -> Shape:
+    """The largest block for keys and values of these widths, in numbers of `stored` bytes, that has room."""
+    tile, per_vector = next(count for size, count in TILES if max(widths) * stored <= size), 16 // stored
+    queries = 4 * groups(widths[0], per_vector) * per_vector
+    key = 2 * 16 * sum(groups(width, per_vector) | 1 for width in widths)
+    # Fewer queries before fewer keys: a tile costs three barriers, however many keys it has.
+    sizes = [(n, t) for t in (tile, tile // 2, LEAST_TILE) for n in reversed(LANES) if n <= lanes and t >= LEAST_TILE]
+    shapes = [Shape(n, t, n * queries + t * key, 4 * n * (t + 5) + 16) for n, t in sizes]
+    return next((each for each in shapes if each.shared + each.arrays <= limit), shapes[-1])
 
 
 class Attention(Base):
@@ -78,20 +103,17 @@ class Attention(Base):
         (_, H, K), (G, V) = q_MHK.shape, v_BSGV.shape[2:]
         most, per = max(count for count in rows.counts if count <= few), H // G
         lanes = next((each for each in LANES if each >= per), LANES[-1]) if most == 1 else LANES[-1]
+        lanes, tile, shared, _ = shape_of((K, V), k_BSGK.itemsize, lanes, self.device.shared_limit)
         tiles = groups(most * per, lanes)
         splits = self._splits(keys, len(rows.counts) * G * tiles)
-        tile = next(count for size, count in TILES if max(K, V) * k_BSGK.itemsize <= size)
         values = 1 << (groups(V, THREADS) - 1).bit_length()
         defines = {"STORED": _stored(keys), "LANES": lanes, "KEYS": tile, "VALUES": values}
         partial = self.empty(len(rows.counts) * G * tiles * splits * lanes * (V + 2)) if splits > 1 else None
         arguments = (
-            *plan, few, q_MHK, H, G, K, V, *_both(keys), *ends, None if partial is None else Out(partial),
+            *plan, few, q_MHK, H, G, K, V, *_both(self, keys), *ends, None if partial is None else Out(partial),
             self.tickets(len(rows.counts) * G * tiles), Out(out_MHV),
         )  # fmt: skip
-        per_vector = 16 // k_BSGK.itemsize
-        vectors = sum(groups(width, per_vector) | 1 for width in (K, V))
-        shared = 4 * lanes * groups(K, per_vector) * per_vector + 2 * tile * vectors * 16
-        self.launch("attention.cu", "attend", defines, (splits, G * tiles, len(rows.counts)), THREADS, arguments, shared)
+        self.launch("attention.cu", "attend", defines, (G * tiles, splits, len(rows.counts)), THREADS, arguments, shared)
 
     def _attend_many(
         self, q_MHK: Array, keys: Keys, rows: Rows, few: int, plan: tuple[Argument, ...], ends: tuple[Argument, ...],
@@ -102,7 +124,7 @@ class Attention(Base):
         head, values = _tile_width(K), _tile_width(V)
         defines = {"STORED": _stored(keys), "HEAD": head, "VALUES": values, "CAPPED": int(ends[3] != 0.0)}
         shared = 2 * QUERIES * (2 * (head + 8) + values + 8)
-        arguments = (*plan, few, q_MHK, H, G, K, V, *_both(keys), *ends, Out(out_MHV))
+        arguments = (*plan, few, q_MHK, H, G, K, V, *_both(self, keys), *ends, Out(out_MHV))
         grid = (groups(max(rows.counts), QUERIES), H, len(rows.counts))
         self.launch("attention_tiles.cu", "attend_tiles", defines, grid, THREADS, arguments, shared)
 
@@ -125,15 +147,16 @@ def _storage(x_BSGF: Array) -> tuple[Argument, ...]:
     return x_BSGF, *(step // x_BSGF.itemsize for step in x_BSGF.strides[:3])
 
 
-def _aligned(x_BSGF: Array) -> bool:
+def aligned(be: Base, x_BSGF: Array) -> bool:
     """Whether every key begins at a multiple of 16 bytes, where vectors can be read, and is a whole number of them."""
-    return all(step % 16 == 0 for step in (*x_BSGF.strides[:3], x_BSGF.shape[3] * x_BSGF.itemsize))
+    numbers = (be.device.address(x_BSGF), *x_BSGF.strides[:3], x_BSGF.shape[3] * x_BSGF.itemsize)
+    return all(number % 16 == 0 for number in numbers)
 
 
-def _both(keys: Keys) -> tuple[Argument, ...]:
+def _both(be: Base, keys: Keys) -> tuple[Argument, ...]:
     """The storage of keys and of values, the entries of a slot, and whether both can be read in vectors."""
     k_BSGK, v_BSGV = keys.k_BSGK, keys.v_BSGV
-    whole = int(_aligned(k_BSGK) and _aligned(v_BSGV))
+    whole = int(aligned(be, k_BSGK) and aligned(be, v_BSGV))
     return *_storage(k_BSGK), *_storage(v_BSGV), max(1, k_BSGK.shape[1]), whole
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from npllm.backends.cupy_gpu.attention import Attention
 from npllm.backends.cupy_gpu.embedding import Embeddings
 from npllm.backends.cupy_gpu.ffn import FeedForward
+from npllm.backends.cupy_gpu.heads import Placed
 from npllm.backends.cupy_gpu.latent import Latents
 from npllm.backends.cupy_gpu.moe import Mixtures
 from npllm.backends.cupy_gpu.norms import Norms
@@ -17,6 +18,6 @@ from npllm.backends.cupy_gpu.steps import Steps
 
 
 class CupyBackend(
-    Latents, Attention, FeedForward, Norms, Ropes, Embeddings, Mixtures, Routers, Declared, Steps, Service, Products
+    Latents, Attention, FeedForward, Norms, Ropes, Placed, Embeddings, Mixtures, Routers, Declared, Steps, Service, Products
 ):  # fmt: skip
     """Models on an NVIDIA GPU: kernels of our own, decode steps as one graph."""

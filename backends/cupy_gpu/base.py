@@ -63,7 +63,8 @@ class Base(Backend):
     def __init__(self, dtype: str | None = None, **options: Any) -> None:
         super().__init__(dtype, **options)
         self.device = self.open_device()
-        self._tickets: Array = np.empty(0)
+        # The last one is used; graphs may know the others by their addresses.
+        self._tickets: list[Array] = []
         self.looks_ahead = os.environ.get("NPLLM_LOOKAHEAD") != "0"
         self.xp = self.device.xp  # type: ignore[misc]  # a class cannot know it: CuPy is imported with the first GPU
 
@@ -156,6 +157,10 @@ class Base(Backend):
         """`x` as kernels take it: float32 and contiguous; itself where it is."""
         return x if x.dtype == np.float32 and x.flags.c_contiguous else x.astype("float32", order="C")
 
+    def integers(self, x: Array) -> Array:
+        """`x` as kernels take whole numbers: int64 and contiguous; itself where it is."""
+        return x if x.dtype == np.int64 and x.flags.c_contiguous else x.astype("int64", order="C")
+
     def launch(
         self, file: str, name: str, defines: Mapping[str, int], grid: Grid, block: int, args: Iterable[Argument],
         shared: int = 0,
@@ -169,9 +174,9 @@ class Base(Backend):
 
     def tickets(self, count: int) -> InOut:
         """So many counters at zero; the kernels that use them leave them so."""
-        if len(self._tickets) < count:
-            self._tickets = self.device.upload(np.zeros(max(count, 4096), np.uint32))
-        return InOut(self._tickets)
+        if not self._tickets or len(self._tickets[-1]) < count:
+            self._tickets.append(self.device.upload(np.zeros(max(count, 4096), np.uint32)))
+        return InOut(self._tickets[-1])
 
     def source(self, x_MD: Array, norm: Norm | None = None) -> tuple[Argument, ...]:
         """The arguments SOURCE of gemv.cuh: contiguous float32 rows, read through a norm."""

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from npllm.arrays import Array
+from npllm.backend import RMS, UNNORMED, HeadNorms
 from npllm.backends.cupy_gpu.attention import BF16, F32
-from npllm.backends.cupy_gpu.base import THREADS, Base, groups
-from npllm.backends.cupy_gpu.device import InOut
+from npllm.backends.cupy_gpu.base import Base, groups
+from npllm.backends.cupy_gpu.device import Argument, InOut, Out
+from npllm.blocks.rope import Angles
 from npllm.cache import Cache, Ints, Keys, LayerCache, LayerSpec, Rows, positions
 
 if TYPE_CHECKING:
@@ -52,40 +56,96 @@ class DeviceRows(Rows):
 
 
 class DeviceLayerCache(LayerCache):
-    """A layer's keys and values, stored by `append` wherever nothing that a step still sees is overwritten."""
+    """A layer's keys and values, stored by kernels wherever nothing that a step still sees is overwritten."""
 
     def __init__(self, be: Base, *args: Any) -> None:
         self.be = be
         super().__init__(*args)
 
     def append(self, k_MGK: Array, v_MGV: Array | None, rows: Rows) -> Keys:
-        wraps = any(start + end - begin > self.size for _, start, begin, end in rows)
-        if (wraps and max(rows.counts) > 1) or self.kv_dtype == "float64" or self.compute_dtype == "float64":
+        if not self.takes(rows):
             return super().append(k_MGK, v_MGV, rows)
-        be, keys = self.be, self.keys(rows)
-        step = getattr(rows, "step", None)
+        keys = self.place(rows)
+        place_heads(self.be, self, self.be.plan(keys, rows), None, Heads(k_MGK), None if v_MGV is None else Heads(v_MGV))
+        return keys
+
+    def takes(self, rows: Rows) -> bool:
+        """Whether a kernel can store the new tokens of these rows."""
+        wraps = any(start + end - begin > self.size for _, start, begin, end in rows)
+        return not (wraps and max(rows.counts) > 1) and "float64" not in (self.kv_dtype, self.compute_dtype)
+
+    def place(self, rows: Rows) -> Keys:
+        """What the rows' queries may attend to, once a kernel has stored the step's own keys."""
+        keys, step = self.keys(rows), getattr(rows, "step", None)
         if step is None:
             self.reach(rows)
         else:
             step.appended(keys, self)
-        plan = be.plan(keys, rows)
-        defines = {"STORED": BF16 if self.kv_dtype == "bfloat16" else F32}
-        for x_MGF, storage in zip([x for x in (k_MGK, v_MGV) if x is not None], self.stored, strict=True):
-            if not x_MGF.size:
-                continue
-            x_MGF = be.plain(x_MGF)
-            arguments = (plan, len(rows.counts), *x_MGF.shape[:1], x_MGF, *x_MGF.shape[1:], InOut(storage), storage.shape[2])
-            be.launch("append.cu", "append", defines, (groups(x_MGF.size, THREADS), 1, 1), THREADS, arguments)
         return keys
 
     def entries(self, tokens: int) -> int:
         kept = super().entries(tokens)
         return kept + 1 if kept < tokens and self.be.looks_ahead else kept
 
+    @property
+    def defines(self) -> dict[str, int]:
+        """The macro of kernels that store."""
+        return {"STORED": BF16 if self.kv_dtype == "bfloat16" else F32}
+
     def reach(self, rows: Rows) -> None:
         """The rows are about to be written that far; noted before, since the writing may be interrupted."""
         for slot, start, begin, end in rows:
             self.reached[slot] = max(self.reached[slot], start + end - begin)
+
+
+# Heads that a block of heads.cu takes, a warp each, and the numbers of them that fit into shared memory unasked.
+HEADS = 4
+WIDEST = 48 * 1024 // 4 // HEADS
+
+
+class Heads(NamedTuple):
+    """New queries, keys or values [M, H, K], the numbers of a head side by side, and the norm of each head."""
+
+    x_MHK: Array
+    norm: RMS | None = None
+
+
+# Why a kernel does not store.
+NOT_TAKEN = "a cache in float64, or a step that overwrites keys which its own queries see"
+
+NO_HEADS = (None, 0, 0, 0, 0, 0, None, 0.0, 0.0)
+
+
+def place_heads(
+    be: Base, memory: DeviceLayerCache, plan: Array, q: Heads | None, k: Heads, v: Heads | None, *,
+    norms: HeadNorms = UNNORMED, angles: Angles | None = None, interleaved: bool = False, scale_M: Array | None = None,
+) -> Array | None:  # fmt: skip
+    """Queries normed and turned -> q_MHK; keys the same, and values, to the places of `memory` that the plan gives them."""
+    storages = (*map(InOut, memory.stored), None)[:2]
+    shape = None if q is None else q.x_MHK.shape
+    q_MHK = None if shape is None else be.empty(*shape)
+    each = [NO_HEADS if of is None else _heads(be, of) for of in (q, k, v)]
+    cos_MJ, sin_MJ = (None, None) if angles is None else map(be.plain, angles)
+    turning = (cos_MJ, sin_MJ, 0 if cos_MJ is None else cos_MJ.shape[1], int(interleaved))
+    args = (
+        plan, len(plan), *each[0], *each[1], *each[2], int(norms.whole), int(norms.turned), *turning,
+        None if scale_M is None else be.plain(scale_M), memory.size, q_MHK if q_MHK is None else Out(q_MHK), *storages,
+    )  # fmt: skip
+    blocks = sum(groups(of.x_MHK.shape[1], HEADS) for of in (q, k, v) if of is not None)
+    widest = max(of.x_MHK.shape[2] for of in (q, k, v) if of is not None)
+    if len(k.x_MHK) and blocks and widest:
+        grid = (len(k.x_MHK), blocks, 1)
+        be.launch("heads.cu", "place_heads", memory.defines, grid, 32 * HEADS, args, 4 * HEADS * widest)
+    return q_MHK
+
+
+def _heads(be: Base, of: Heads) -> tuple[Argument, ...]:
+    """HEADS of heads.cu."""
+    x_MHK, norm = of
+    if x_MHK.dtype != np.float32 or x_MHK.strides[2] != 4:
+        x_MHK = be.plain(x_MHK)
+    how = (0, None, 0.0, 0.0) if norm is None else (1, be.vector(norm.params, "weight"), float(norm.eps), float(norm.offset))
+    return x_MHK, x_MHK.strides[0] // 4, x_MHK.strides[1] // 4, *x_MHK.shape[1:], *how
 
 
 class DeviceCache(Cache):

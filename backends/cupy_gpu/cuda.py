@@ -43,7 +43,6 @@ LANDING = 4096
 OUT_OF_MEMORY = 2
 PROGRAMMATIC_STREAM_SERIALIZATION = 6
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
-SHARED_WITHOUT_ASKING = 48 * 1024
 
 DIGEST_BYTES = 16
 
@@ -291,6 +290,8 @@ class Cuda(Device):
         self._staging, self._small = Staging(self.cupy, *LARGE), Staging(self.cupy, *SMALL)
         self._landings: list[Landing] = []
         self._kernels: dict[tuple[Any, ...], Kernel] = {}
+        # Bytes of dynamic shared memory that functions were told of, by their handles.
+        self._asked: dict[int, int] = {}
         runtime = self.cupy.cuda.runtime
         from cupy_backends.cuda.libs import nvrtc
 
@@ -300,12 +301,19 @@ class Cuda(Device):
         with self.guarded():
             return self.cupy.empty(tuple(shape), dtype=dtype)
 
+    def _not_while_capturing(self) -> None:
+        """CannotCaptureError: a graph would copy what pinned memory holds when it is launched, not what it holds now."""
+        if self.capturing:
+            raise CannotCaptureError("numbers of the host go to the GPU")
+
     def upload(self, array: Array) -> Array:
+        self._not_while_capturing()
         made = self.empty(array.shape, array.dtype)
         self._staging.copy(made, np.ascontiguousarray(array))
         return made
 
     def write(self, array: Array, values: Array) -> None:
+        self._not_while_capturing()
         staging = self._small if values.nbytes <= self._small.size else self._staging
         staging.copy(array, np.ascontiguousarray(values))
 
@@ -346,17 +354,16 @@ class Cuda(Device):
         return kept_cubins()
 
     def launch(self, kernel: Kernel, grid: Grid, block: int, args: Iterable[Argument], shared: int = 0) -> None:
-        packed = Packed(args, self.address)
-        if shared > SHARED_WITHOUT_ASKING:
-            self._check(
-                self._driver.cuFuncSetAttribute(ctypes.c_void_p(kernel.handle.ptr), MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
-            )
+        packed, function = Packed(args, self.address), ctypes.c_void_p(kernel.handle.ptr)
+        # More than 48 KiB, its own arrays included, a function gets only where it was told so before.
+        if shared > self._asked.get(kernel.handle.ptr, 0):
+            self._check(self._driver.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared), kernel)
+            self._asked[kernel.handle.ptr] = shared
         attribute = Attribute(PROGRAMMATIC_STREAM_SERIALIZATION)
         attribute.value[0] = 1
         stream = self.cupy.cuda.get_current_stream().ptr
         dependent = int(self.dependent and self.capturing)
         configuration = Configuration(*grid, block, 1, 1, shared, stream, ctypes.pointer(attribute), dependent)
-        function = ctypes.c_void_p(kernel.handle.ptr)
         self._check(self._driver.cuLaunchKernelEx(ctypes.byref(configuration), function, packed.pointers, None), kernel)
 
     def _check(self, status: int, kernel: Kernel | None = None) -> None:

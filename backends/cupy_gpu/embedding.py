@@ -19,7 +19,7 @@ class Embeddings(Base):
         M, D = len(tokens_M), w.weight.shape[1]
         out_MD = self.empty(M, D)
         if out_MD.size:
-            tokens_M = tokens_M.astype("int64", order="C", copy=False)
+            tokens_M = self.integers(tokens_M)
             threads = M * groups(D, PER_VECTOR[w.weight.format])
             defines = {"FORMAT": FORMATS[w.weight.format]}
             arguments = (tokens_M, M, w.weight.structure, Out(out_MD))

@@ -6,22 +6,22 @@ stored, `unabsorb` brings back what comes out. For other rows the keys and value
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 
-from npllm import blocks
 from npllm.arrays import Array
-from npllm.backend import accelerates
-from npllm.backends.cupy_gpu.attention import BF16, F32, Attention
+from npllm.backend import RMS, Norm, accelerates, split_heads
+from npllm.backends.cupy_gpu.attention import BF16, F32, Attention, aligned
 from npllm.backends.cupy_gpu.base import THREADS, groups
-from npllm.backends.cupy_gpu.device import Argument, Out
+from npllm.backends.cupy_gpu.cache import HEADS, NOT_TAKEN, DeviceLayerCache
+from npllm.backends.cupy_gpu.device import Argument, InOut, Out
 from npllm.backends.cupy_gpu.matrix import FORMATS, PER_VECTOR, Matrix
 from npllm.backends.cupy_gpu.products import STAGED_BYTES, Products, unprepared
 from npllm.blocks.masks import Mask
 from npllm.blocks.rope import Angles
-from npllm.cache import Keys, Rows
-from npllm.weights import LatentKV, Linear
+from npllm.cache import Keys, LayerCache, Rows
+from npllm.weights import LatentKV, LatentQ, Linear
 
 # Of latent_attention.cu: queries of a tile, keys of a step, and tiles that share the keys of a block.
 QUERIES, KEYS, TILES = 16, 32, (1, 2, 4)
@@ -60,20 +60,59 @@ def not_latents(be: Products, keys: Keys, w: Linear) -> str | None:
     return unprepared(be, w)
 
 
+def not_placed(be: Products, q: Linear | LatentQ, kv: LatentKV, memory: LayerCache, rows: Rows) -> str | None:
+    """Why kernels cannot bring these latents to the cache."""
+    if not isinstance(memory, DeviceLayerCache) or not memory.takes(rows):
+        return NOT_TAKEN
+    matrices = (q.q_a_proj, q.q_b_proj) if isinstance(q, LatentQ) else (q,)
+    return unprepared(be, kv.kv_a_proj_with_mqa, *matrices)
+
+
 class Latents(Attention, Products):
     """Latent attention."""
 
     @accelerates(lambda self, h_MD, w, angles, eps, interleaved=True: unprepared(self, w.kv_a_proj_with_mqa))
     def latent_project(self, h_MD: Array, w: LatentKV, angles: Angles, /, eps: float, *, interleaved: bool = True) -> Array:
         down_MF = self.product(h_MD, w.kv_a_proj_with_mqa)
-        (M, width), L = down_MF.shape, len(w.kv_a_layernorm.weight)
-        latent_MGK, cos_MJ, sin_MJ = self.empty(M, 1, width), self.plain(angles.cos_MJ), self.plain(angles.sin_MJ)
-        if M:
-            norm = (self.vector(w.kv_a_layernorm, "weight"), float(eps))
-            turned = (cos_MJ, sin_MJ, cos_MJ.shape[1], int(interleaved), Out(latent_MGK))
-            args = (down_MF, L, width - L, *norm, *turned)
-            self.launch("latent.cu", "norm_and_turn", {}, (M, 1, 1), PRODUCT_THREADS, args)
+        latent_MGK = self.empty(len(down_MF), 1, down_MF.shape[1])
+        self._place_latents(None, down_MF, w, None, angles, eps, interleaved, None, Out(latent_MGK), {"STORED": F32})
         return latent_MGK
+
+    @accelerates(lambda self, x_MD, q, kv, memory, *args, **kwargs: not_placed(self, q, kv, memory, args[0]))
+    def append_latents(
+        self, x_MD: Array, q: Linear | LatentQ, kv: LatentKV, memory: LayerCache, rows: Rows, angles: Angles, /,
+        head_dim: int, eps: float, *, norm: Norm | None = None, interleaved: bool = True, scale_M: Array | None = None,
+    ) -> tuple[Array, Keys]:  # fmt: skip
+        assert isinstance(memory, DeviceLayerCache)
+        first = q.q_a_proj if isinstance(q, LatentQ) else q
+        q_MF, down_MF = self.products(x_MD, (first, kv.kv_a_proj_with_mqa), norm)
+        if isinstance(q, LatentQ):
+            q_MF = self.product(q_MF, q.q_b_proj, norm=RMS(q.q_a_layernorm, eps))
+        q_MHK, keys = split_heads(q_MF, head_dim), memory.place(rows)
+        assert keys is not None
+        storage = InOut(memory.stored[0])
+        plan = self.plan(keys, rows)
+        self._place_latents(
+            plan, down_MF, kv, q_MHK, angles, eps, interleaved, scale_M, storage, memory.defines, memory.size
+        )
+        return q_MHK, keys
+
+    def _place_latents(
+        self, plan: Array | None, down_MF: Array, kv: LatentKV, q_MHK: Array | None, angles: Angles, eps: float,
+        interleaved: bool, scale_M: Array | None, storage: Out | InOut, defines: Mapping[str, int], size: int = 0,
+    ) -> None:  # fmt: skip
+        """`[norm(c) | rope(k)]` of each token to where it is kept; queries turn in their place."""
+        (M, width), L = down_MF.shape, len(kv.kv_a_layernorm.weight)
+        cos_MJ, sin_MJ = self.plain(angles.cos_MJ), self.plain(angles.sin_MJ)
+        heads = (None, 0, 0) if q_MHK is None else (InOut(q_MHK), *q_MHK.shape[1:])
+        args = (
+            plan, 0 if plan is None else len(plan), down_MF, width, L, width - L, self.vector(kv.kv_a_layernorm, "weight"),
+            float(eps), *heads, cos_MJ, sin_MJ, cos_MJ.shape[1], int(interleaved),
+            None if scale_M is None else self.plain(scale_M), size, storage,
+        )  # fmt: skip
+        if M:
+            grid = (M, 1 + groups(heads[1], HEADS), 1)
+            self.launch("heads.cu", "place_latents", defines, grid, 32 * HEADS, args)
 
     @accelerates(lambda self, latent_SGF, w, nope, heads: unprepared(self, w))
     def latent_expand(self, latent_SGF: Array, w: Linear, /, nope: int, heads: int) -> tuple[Array, Array]:
@@ -89,22 +128,8 @@ class Latents(Attention, Products):
             self.launch("latent.cu", "place_keys", {}, (groups(count, THREADS), 1, 1), THREADS, args)
         return k_SHK, v_SHV
 
-    @accelerates(lambda self, q_MHF, keys, rows, w, mask, scale: not_latents(self, keys, w))
-    def latent_attention(self, q_MHF: Array, keys: Keys, rows: Rows, w: Linear, /, *, mask: Mask, scale: float) -> Array:
-        (out, L), (_, H, F) = w.weight.shape, q_MHF.shape
-        nope = F - (keys.k_BSGK.shape[-1] - L)
-        how: dict[str, Any] = {"w": w, "nope": nope, "mask": mask, "scale": scale}
-        few = [blocks.absorbed_is_cheaper(count, L, out // H) for count in rows.counts]
-        if all(few):
-            return self._among_latents(q_MHF, keys, rows, **how)
-        out_MHV = self.empty(len(q_MHF), H, out // H - nope)
-        for r, (_, _, begin, end) in enumerate(rows):
-            form = self._among_latents if few[r] else self._expanded
-            out_MHV[begin:end] = form(q_MHF[begin:end], keys.only(r), rows.only(r), **how)
-        return out_MHV
-
-    def _among_latents(self, q_MHF: Array, keys: Keys, rows: Rows, w: Linear, nope: int, mask: Mask, scale: float) -> Array:
-        """The absorbed form -> o_MHV."""
+    @accelerates(lambda self, q_MHF, keys, rows, w, nope, mask, scale: not_latents(self, keys, w))
+    def latent_absorbed(self, q_MHF: Array, keys: Keys, rows: Rows, w: Linear, nope: int, mask: Mask, scale: float) -> Array:
         q_MHF, matrix = self.plain(q_MHF), w.weight
         (M, H, F), L = q_MHF.shape, matrix.shape[1]
         turning, value = F - nope, matrix.shape[0] // H - nope
@@ -139,11 +164,11 @@ class Latents(Attention, Products):
         partial = self.empty(M, H, splits, latent + 2)
         stored = BF16 if x_BSGK.dtype == np.uint16 else F32
         defines = {"STORED": stored, "WIDTH": width, "LATENT": latent, "HEAD_TILES": tiles}
-        steps = x_BSGK.strides[:3]
-        aligned = all(step % 16 == 0 for step in (*steps, width * x_BSGK.itemsize))
+        steps = tuple(step // x_BSGK.itemsize for step in x_BSGK.strides[:3])
+        whole, seen = int(aligned(self, x_BSGK)), (mask.window or 0, mask.chunk or 0)
         args = (
-            self.plan(keys, rows), *self._pages(keys), q_MHK, H, x_BSGK, *(step // x_BSGK.itemsize for step in steps),
-            max(1, x_BSGK.shape[1]), int(aligned), mask.window or 0, mask.chunk or 0, float(scale), Out(partial),
+            self.plan(keys, rows), *self._pages(keys), q_MHK, H, x_BSGK, *steps,
+            max(1, x_BSGK.shape[1]), whole, *seen, float(scale), Out(partial),
         )  # fmt: skip
         grid = (splits, blocks, len(rows.counts))
         self.launch("latent_attention.cu", "attend_latents", defines, grid, 128 * tiles, args, shared_bytes(width, tiles))

@@ -11,7 +11,7 @@ from npllm.backends.cupy_gpu.base import ACTIVATIONS, THREADS, groups
 from npllm.backends.cupy_gpu.device import Argument, Out
 from npllm.backends.cupy_gpu.matrix import FORMATS, Matrix
 from npllm.backends.cupy_gpu.products import FEW, STAGED_BYTES, TILE, WARPS, WIDE_TILE, Products
-from npllm.weights import Experts
+from npllm.weights import Experts, GatedFFN
 
 # Rows that a warp computes: of gate and up together, and of down.
 HIDDEN_ROWS, SAID_ROWS = 2, 2
@@ -43,19 +43,37 @@ class Mixtures(Products):
     def moe(
         self, x_MD: Array, w: Experts, index_MC: Array, weight_MC: Array, /, act: str, *, weigh: str = "output"
     ) -> Array:
-        x_MD, weight_MC, index_MC = self.plain(x_MD), self.plain(weight_MC), index_MC.astype("int64", order="C", copy=False)
+        return self._mixture(x_MD, w, index_MC, weight_MC, act, weigh, None)
+
+    @accelerates(
+        lambda self, h_MD, w, index_MC, weight_MC, act, residual_MD, weigh="output", shared=None: not_experts(self, w)
+    )
+    def expert_ffn(
+        self, h_MD: Array, w: Experts, index_MC: Array, weight_MC: Array, /, act: str, *,
+        residual_MD: Array, weigh: str = "output", shared: GatedFFN | None = None,
+    ) -> Array:  # fmt: skip
+        y_MD = self._mixture(h_MD, w, index_MC, weight_MC, act, weigh, self.plain(residual_MD))
+        return y_MD if shared is None else self.gated_ffn(h_MD, shared, act, residual_MD=y_MD)
+
+    def _mixture(
+        self, x_MD: Array, w: Experts, index_MC: Array, weight_MC: Array, act: str, weigh: str, residual_MD: Array | None
+    ) -> Array:
+        """The chosen experts' weighted sum, and the residual."""
+        x_MD, weight_MC, index_MC = self.plain(x_MD), self.plain(weight_MC), self.integers(index_MC)
         y_MD, (M, C) = self.empty(*x_MD.shape), index_MC.shape
         few = M <= FEW
         per = FEW if few else max(1, SLAB_BYTES // (4 * C * x_MD.shape[1]))
         for begin in range(0, M, per):
             part = slice(begin, begin + per)
             mix = self._mix_few if few else self._mix_many
-            mix(x_MD[part], w, index_MC[part], weight_MC[part], y_MD[part], ACTIVATIONS[act], weigh == "input")
+            rest_MD = None if residual_MD is None else residual_MD[part]
+            mix(x_MD[part], w, index_MC[part], weight_MC[part], rest_MD, y_MD[part], ACTIVATIONS[act], weigh == "input")
         return y_MD
 
     def _mix_few(
-        self, x_MD: Array, w: Experts, index_MC: Array, weight_MC: Array, y_MD: Array, act: int, on_input: bool
-    ) -> None:
+        self, x_MD: Array, w: Experts, index_MC: Array, weight_MC: Array, residual_MD: Array | None, y_MD: Array, act: int,
+        on_input: bool,
+    ) -> None:  # fmt: skip
         """The experts of at most FEW tokens, each where it was chosen."""
         (M, C), (E, F, D) = index_MC.shape, w.gate_proj.weight.shape
         gate, up, down = (part.weight for part in w)
@@ -66,13 +84,14 @@ class Mixtures(Products):
         args: tuple[Argument, ...] = (x_MD, D, C, E, index_MC, before, gate.structure, up.structure, act, Out(hidden_NF))
         self.launch("moe_few.cu", "moe_hidden_few", defines, grid, WARPS * 32, args, STAGED_BYTES)
         defines = {"FORMAT": FORMATS[down.format], "TOKENS": 1, "ROWS": SAID_ROWS}
-        args = (hidden_NF, C, E, index_MC, after, down.structure, Out(y_MD))
+        args = (hidden_NF, C, E, index_MC, after, down.structure, residual_MD, Out(y_MD))
         grid = (M, groups(D, SAID_ROWS), 1)
         self.launch("moe_few.cu", "moe_say_few", defines, grid, WARPS * 32, args, 4 * C * SAID_ROWS)
 
     def _mix_many(
-        self, x_MD: Array, w: Experts, index_MC: Array, weight_MC: Array, y_MD: Array, act: int, on_input: bool
-    ) -> None:
+        self, x_MD: Array, w: Experts, index_MC: Array, weight_MC: Array, residual_MD: Array | None, y_MD: Array, act: int,
+        on_input: bool,
+    ) -> None:  # fmt: skip
         """The experts of many tokens, in tiles of one expert each."""
         (M, C), (E, F, D) = index_MC.shape, w.gate_proj.weight.shape
         gate, up, down = (part.weight for part in w)
@@ -89,7 +108,7 @@ class Mixtures(Products):
         defines = {"FORMAT": FORMATS[down.format], "TILE": tile, "TENSOR": int(tensor[1])}
         args = (hidden_NF, order, owners, down.structure, Out(said_ND))
         self.launch("moe_many.cu", "moe_say_many", defines, (groups(D, tile), tiles, 1), 2 * tile, args)
-        args = (said_ND, M, C, D, E, index_MC, after, Out(y_MD))
+        args = (said_ND, M, C, D, E, index_MC, after, residual_MD, Out(y_MD))
         self.launch("moe_plan.cu", "moe_sum", {}, (groups(M * D, THREADS), 1, 1), THREADS, args)
 
     def _places(self, index_MC: Array, experts: int, tile: int, tiles: int) -> tuple[Array, Array]:

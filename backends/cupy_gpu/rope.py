@@ -30,7 +30,7 @@ class Ropes(Base):
         M, J = len(positions_M), len(inverse_J)
         cos_MJ, sin_MJ = self.empty(M, J), self.empty(M, J)
         if cos_MJ.size:
-            positions_M = positions_M.astype("int64", order="C")
+            positions_M = self.integers(positions_M)
             arguments = (positions_M, M, Fixed(inverse_J), J, factor, Out(cos_MJ), Out(sin_MJ))
             self.launch("rope.cu", "angles", {}, (groups(M * J, THREADS), 1, 1), THREADS, arguments)
         return Angles(cos_MJ, sin_MJ)

@@ -9,9 +9,10 @@ import struct
 
 from npllm.arrays import Array
 from npllm.backend import accelerates
+from npllm.backends.cupy_gpu.base import groups
 from npllm.backends.cupy_gpu.device import Fixed, Out, Structure
 from npllm.backends.cupy_gpu.matrix import Matrix
-from npllm.backends.cupy_gpu.products import Products, unprepared
+from npllm.backends.cupy_gpu.products import ROWS, STAGED_BYTES, WARPS, Products, unprepared
 from npllm.blocks.moe import Router
 from npllm.weights import Gate
 
@@ -36,12 +37,21 @@ class Routers(Products):
 
     @accelerates(lambda self, h_MD, w, router: not_a_router(self, w))
     def route(self, h_MD: Array, w: Gate, /, router: Router) -> tuple[Array, Array]:
-        logits_ME = self.product_in_float32(h_MD, w.gate)
         M, E, C = len(h_MD), len(w.gate.weight), router.experts_per_token
         index_MC, weight_MC = self.empty(M, C, dtype="int64"), self.empty(M, C)
         correction = None if w.correction is None else Fixed(self.plain(w.correction.weight))
         rule = Structure(struct.pack("8q", E, C, *_words(router)), ())
-        args = (logits_ME, correction, Out(index_MC), Out(weight_MC), rule, float(router.floor), float(router.scale))
-        if M:
-            self.launch("route.cu", "route", {}, (M, 1, 1), 32, args, 12 * E + 4 * router.groups)
+        rest = (rule, float(router.floor), float(router.scale))
+        room = 4 * (3 * E + router.groups)
+        if self.are_few(h_MD, w.gate.weight) and WARPS * (room + 4 * E) <= STAGED_BYTES:
+            h_MD, logits_ME = self.plain(h_MD), self.empty(M, E)
+            args = (
+                *self.source(h_MD), w.gate.weight.structure, self.vector(w.gate, "bias"), correction, *rest, Out(logits_ME),
+                self.tickets(1), Out(index_MC), Out(weight_MC),
+            )  # fmt: skip
+            self.gemv("route_few", h_MD, w.gate.weight, groups(E, WARPS * ROWS), ROWS, args)
+        elif M:
+            logits_ME = self.product_in_float32(h_MD, w.gate)
+            args = (logits_ME, correction, Out(index_MC), Out(weight_MC), *rest)
+            self.launch("route.cu", "route", {}, (M, 1, 1), 32, args, room)
         return index_MC, weight_MC

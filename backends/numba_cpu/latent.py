@@ -6,9 +6,6 @@ stored, `unabsorb` brings back what comes out. For other rows the keys and value
 
 from __future__ import annotations
 
-from typing import Any
-
-from npllm import blocks
 from npllm.arrays import Array
 from npllm.backend import RMS, accelerates
 from npllm.backends.numba_cpu.attention_vectors import SCORES, score, weigh
@@ -208,22 +205,8 @@ class Latents(Products):
         self.run(entry(place_keys, *placed))
         return k_SHK, up_SF.reshape(S, heads, rows // heads)[:, :, nope:]
 
-    @accelerates(lambda self, q_MHF, keys, rows, w, mask, scale: unprepared(self, w))
-    def latent_attention(self, q_MHF: Array, keys: Keys, rows: Rows, w: Linear, /, *, mask: Mask, scale: float) -> Array:
-        (out, L), (_, H, F) = w.weight.shape, q_MHF.shape
-        nope = F - (keys.k_BSGK.shape[-1] - L)
-        how: dict[str, Any] = {"w": w, "nope": nope, "mask": mask, "scale": scale}
-        few = [blocks.absorbed_is_cheaper(count, L, out // H) for count in rows.counts]
-        if all(few):
-            return self._among_latents(q_MHF, keys, rows, **how)
-        out_MHV = self.empty(len(q_MHF), H, out // H - nope)
-        for r, (_, _, begin, end) in enumerate(rows):
-            form = self._among_latents if few[r] else self._expanded
-            out_MHV[begin:end] = form(q_MHF[begin:end], keys.only(r), rows.only(r), **how)
-        return out_MHV
-
-    def _among_latents(self, q_MHF: Array, keys: Keys, rows: Rows, w: Linear, nope: int, mask: Mask, scale: float) -> Array:
-        """The absorbed form -> o_MHV."""
+    @accelerates(lambda self, q_MHF, keys, rows, w, nope, mask, scale: unprepared(self, w))
+    def latent_absorbed(self, q_MHF: Array, keys: Keys, rows: Rows, w: Linear, nope: int, mask: Mask, scale: float) -> Array:
         q_MHF, matrix = self.plain(q_MHF), w.weight
         (M, H, F), L, width = q_MHF.shape, matrix.shape[1], keys.k_BSGK.shape[-1]
         q_MHK, out_MHV = self.empty(M, H, width), self.empty(M, H, matrix.shape[0] // H - nope)

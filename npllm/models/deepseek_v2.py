@@ -29,12 +29,11 @@ from npllm.cache import Cache, LayerCache, LayerSpec, Rows
 from npllm.config import Reader
 from npllm.latent import (
     COMPUTED,
-    LATENT_EPS,
     LatentConfig,
     latent_cache_spec,
     latent_ffn,
+    latent_heads,
     latent_layer_spec,
-    latent_queries,
     read_latent,
     read_router,
 )
@@ -98,10 +97,7 @@ def cache_spec(c: Config) -> list[LayerSpec]:
 
 
 def block(be: Backend, c: Config, w: Any, x_MD: Array, angles: Angles, rows: Rows, memory: LayerCache, moe: bool) -> Array:
-    h_MD = be.mark("attention.input", be.rms_norm(x_MD, w.input_layernorm, c.rms_norm_eps))
-    q_MHK = be.mark("attention.q", latent_queries(be, c, w.self_attn, h_MD, angles))
-    latent_MGK = be.mark("attention.latent", be.latent_project(h_MD, w.self_attn.kv_a, angles, LATENT_EPS))
-    keys = memory.append(latent_MGK, None, rows)
+    q_MHK, keys = latent_heads(be, c, w, x_MD, angles, rows, memory)
     o_MHV = be.latent_attention(q_MHK, keys, rows, w.self_attn.kv_b_proj, mask=CAUSAL, scale=c.scale)
     o_MF = merge_heads(be.mark("attention.heads", o_MHV))
     x_MD = be.mark("attention.output", be.linear(o_MF, w.self_attn.o_proj, x_MD))

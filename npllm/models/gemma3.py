@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from npllm.arrays import Array
-from npllm.backend import RMS, Backend, merge_heads
+from npllm.backend import RMS, Backend, HeadNorms, merge_heads
 from npllm.blocks import CAUSAL, Angles, Mask, Rope, soft_cap
 from npllm.cache import Cache, LayerCache, LayerSpec, Rows
 from npllm.config import DecoderConfig, Reader, read_decoder, read_gemma_masks
@@ -100,15 +100,13 @@ def cache_spec(c: Config) -> list[LayerSpec]:
 def block(be: Backend, c: Config, w: Any, x_MD: Array, angles: Angles, rows: Rows, memory: LayerCache, mask: Mask) -> Array:
     eps, scale = c.rms_norm_eps, c.query_pre_attn_scalar**-0.5
     q_MHK, k_MGK, v_MGK = be.project_heads(x_MD, w.self_attn.qkv, c.head_dim, norm=RMS(w.input_layernorm, eps, 1.0))
-    q_MHK = be.mark("attention.q", be.rope(be.rms_norm(q_MHK, w.self_attn.q_norm, eps, 1.0), angles))
-    k_MGK = be.mark("attention.k", be.rope(be.rms_norm(k_MGK, w.self_attn.k_norm, eps, 1.0), angles))
-    v_MGK = be.mark("attention.v", v_MGK)
-    keys = memory.append(k_MGK, v_MGK, rows)
+    norms = HeadNorms(RMS(w.self_attn.q_norm, eps, 1.0), RMS(w.self_attn.k_norm, eps, 1.0))
+    q_MHK, keys = be.append_heads(q_MHK, k_MGK, v_MGK, memory, rows, norms=norms, angles=angles)
     o_MHV = be.mark("attention.heads", be.attention(q_MHK, keys, rows, mask=mask, scale=scale))
     o_MD = be.linear(merge_heads(o_MHV), w.self_attn.o_proj)
-    x_MD = be.mark("attention.output", x_MD + be.rms_norm(o_MD, w.post_attention_layernorm, eps, 1.0))
+    x_MD = be.mark("attention.output", be.add_normed(x_MD, o_MD, RMS(w.post_attention_layernorm, eps, 1.0)))
     y_MD = be.gated_ffn(x_MD, w.mlp, c.hidden_act, norm=RMS(w.pre_feedforward_layernorm, eps, 1.0))
-    return be.mark("output", x_MD + be.rms_norm(y_MD, w.post_feedforward_layernorm, eps, 1.0))
+    return be.mark("output", be.add_normed(x_MD, y_MD, RMS(w.post_feedforward_layernorm, eps, 1.0)))
 
 
 def forward(be: Backend, c: Config, w: Any, tokens_M: Array, rows: Rows, cache: Cache) -> Array:

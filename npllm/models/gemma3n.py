@@ -22,7 +22,7 @@ import numpy as np
 
 from npllm import blocks
 from npllm.arrays import Array
-from npllm.backend import RMS, Backend, merge_heads, split_heads
+from npllm.backend import RMS, Backend, HeadNorms, merge_heads, split_heads
 from npllm.blocks import CAUSAL, Angles, Mask, Rope
 from npllm.cache import Cache, Keys, LayerCache, LayerSpec, Rows
 from npllm.config import MOST_LAYERS, DecoderConfig, Reader, read_decoder, read_gemma_masks, read_per_layer
@@ -190,14 +190,14 @@ def attend(
     eps, attention = c.rms_norm_eps, w.self_attn
     h_MD = be.rms_norm(x_MD, w.input_layernorm, eps)
     laurel_MD = be.linear(be.linear(h_MD, w.laurel.linear_left), w.laurel.linear_right)
-    laurel_MD = be.mark("laurel.branch", h_MD + be.rms_norm(laurel_MD, w.laurel.post_laurel_norm, eps))
+    laurel_MD = be.mark("laurel.branch", be.add_normed(h_MD, laurel_MD, RMS(w.laurel.post_laurel_norm, eps)))
     if isinstance(memory, Keys):
         q_MHK, keys = split_heads(be.linear(be.mark("attention.input", h_MD), attention.q_proj), c.head_dim), memory
+        q_MHK = be.mark("attention.q", be.rope(be.rms_norm(q_MHK, attention.q_norm, eps), angles))
     else:
         q_MHK, k_MGK, v_MGK = be.project_heads(h_MD, attention.qkv, c.head_dim)
-        k_MGK = be.mark("attention.k", be.rope(be.rms_norm(k_MGK, attention.k_norm, eps), angles))
-        keys = memory.append(k_MGK, be.mark("attention.v", be.rms_norm(v_MGK, None, eps)), rows)
-    q_MHK = be.mark("attention.q", be.rope(be.rms_norm(q_MHK, attention.q_norm, eps), angles))
+        norms = HeadNorms(RMS(attention.q_norm, eps), RMS(attention.k_norm, eps), RMS(None, eps))
+        q_MHK, keys = be.append_heads(q_MHK, k_MGK, v_MGK, memory, rows, norms=norms, angles=angles)
     o_MHV = be.mark("attention.heads", be.attention(q_MHK, keys, rows, mask=layer.mask, scale=1.0))
     o_MD = be.rms_norm(be.linear(merge_heads(o_MHV), attention.o_proj), w.post_attention_layernorm, eps)
     return be.mark("attention.output", (x_MD + o_MD + laurel_MD) * 2**-0.5), keys
@@ -224,7 +224,7 @@ def block(
     p_MAD = be.mark("altup.predicted", blocks.altup_predict(be.xp, x_MAD, mixing_MAA))
     x_MD, keys = attend(be, c, layer, w, p_MAD[:, active], angles, rows, memory)
     f_MD = ffn(be, c, w.mlp, x_MD, RMS(w.pre_feedforward_layernorm, eps), layer.sparsity)
-    x_MD = be.mark("ffn.output", x_MD + be.rms_norm(f_MD, w.post_feedforward_layernorm, eps))
+    x_MD = be.mark("ffn.output", be.add_normed(x_MD, f_MD, RMS(w.post_feedforward_layernorm, eps)))
     gain_MA = be.linear(altup_router(be, c, w.altup, x_MD), w.altup.correction_coefs)
     x_MAD = be.mark("altup.corrected", blocks.altup_correct(be.xp, p_MAD, x_MD, active, gain_MA))
     return be.mark("output", add_input(be, c, w, x_MAD, input_MP)), keys

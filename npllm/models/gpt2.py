@@ -121,10 +121,7 @@ def cache_spec(c: Config) -> list[LayerSpec]:
 def block(be: Backend, c: Config, w: Any, x_MD: Array, rows: Rows, memory: LayerCache, scale: float) -> Array:
     h_MD = be.mark("attention.input", be.layer_norm(x_MD, w.ln_1, c.layer_norm_epsilon))
     qkv_M3HK = be.linear(h_MD, w.attn.c_attn).reshape(len(x_MD), 3, c.n_head, c.head_dim)
-    q_MHK = be.mark("attention.q", qkv_M3HK[:, 0])
-    k_MHK = be.mark("attention.k", qkv_M3HK[:, 1])
-    v_MHK = be.mark("attention.v", qkv_M3HK[:, 2])
-    keys = memory.append(k_MHK, v_MHK, rows)
+    q_MHK, keys = be.append_heads(qkv_M3HK[:, 0], qkv_M3HK[:, 1], qkv_M3HK[:, 2], memory, rows)
     o_MHV = be.mark("attention.heads", be.attention(q_MHK, keys, rows, mask=CAUSAL, scale=scale))
     x_MD = be.mark("attention.output", be.linear(merge_heads(o_MHV), w.attn.c_proj, x_MD))
     norm = LN(w.ln_2, c.layer_norm_epsilon)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from npllm import blocks
 from npllm.arrays import Array
-from npllm.backend import RMS, Backend, merge_heads
+from npllm.backend import RMS, Backend, HeadNorms, merge_heads
 from npllm.blocks import CAUSAL, Angles, Mask, Router, chunked
 from npllm.cache import Cache, LayerCache, LayerSpec, Rows
 from npllm.config import DecoderConfig, Reader, read_decoder, read_experts, read_layer_types
@@ -152,14 +152,12 @@ def block(
 ) -> Array:
     eps = c.rms_norm_eps
     q_MHK, k_MGK, v_MGK = be.project_heads(x_MD, w.self_attn.qkv, c.head_dim, norm=RMS(w.input_layernorm, eps))
-    if layer.rope:
-        q_MHK, k_MGK = be.rope(q_MHK, angles, interleaved=True), be.rope(k_MGK, angles, interleaved=True)
-        if c.use_qk_norm:
-            q_MHK, k_MGK = be.rms_norm(q_MHK, None, eps), be.rms_norm(k_MGK, None, eps)
-    elif c.attn_temperature_tuning:
-        q_MHK = q_MHK * scale_M[:, None, None]
-    keys = memory.append(be.mark("attention.k", k_MGK), be.mark("attention.v", v_MGK), rows)
-    q_MHK = be.mark("attention.q", q_MHK)
+    unit = RMS(None, eps) if layer.rope and c.use_qk_norm else None
+    q_MHK, keys = be.append_heads(
+        q_MHK, k_MGK, v_MGK, memory, rows, norms=HeadNorms(unit, unit, turned=True),
+        angles=angles if layer.rope else None, interleaved=True,
+        scale_M=scale_M if not layer.rope and c.attn_temperature_tuning else None,
+    )  # fmt: skip
     o_MHV = be.mark("attention.heads", be.attention(q_MHK, keys, rows, mask=layer.mask, scale=c.head_dim**-0.5))
     x_MD = be.mark("attention.output", be.linear(merge_heads(o_MHV), w.self_attn.o_proj, x_MD))
     return be.mark("output", feed_forward(be, c, layer, w, x_MD))
@@ -171,8 +169,9 @@ def feed_forward(be: Backend, c: Config, layer: Layer, w: Any, x_MD: Array) -> A
         return be.gated_ffn(x_MD, ffn, c.hidden_act, norm=norm, residual_MD=x_MD)
     h_MD = be.mark("moe.input", be.normed(x_MD, norm))
     index_MC, weight_MC = be.route(h_MD, ffn.router, c.router)
-    routed_MD = be.mark("moe.routed", be.moe(h_MD, ffn.experts, index_MC, weight_MC, c.hidden_act, weigh="input"))
-    return x_MD + routed_MD + be.mark("moe.shared", be.gated_ffn(h_MD, ffn.shared_expert, c.hidden_act))
+    return be.expert_ffn(
+        h_MD, ffn.experts, index_MC, weight_MC, c.hidden_act, residual_MD=x_MD, weigh="input", shared=ffn.shared_expert
+    )
 
 
 def forward(be: Backend, c: Config, w: Any, tokens_M: Array, rows: Rows, cache: Cache) -> Array:

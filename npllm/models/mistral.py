@@ -71,10 +71,7 @@ def cache_spec(c: Config) -> list[LayerSpec]:
 def block(be: Backend, c: Config, w: Any, x_MD: Array, angles: Angles, rows: Rows, memory: LayerCache) -> Array:
     norm = RMS(w.input_layernorm, c.rms_norm_eps)
     q_MHK, k_MGK, v_MGK = be.project_heads(x_MD, w.self_attn.qkv, c.head_dim, norm=norm)
-    q_MHK = be.mark("attention.q", be.rope(q_MHK, angles, c.rope_interleave))
-    k_MGK = be.mark("attention.k", be.rope(k_MGK, angles, c.rope_interleave))
-    v_MGK = be.mark("attention.v", v_MGK)
-    keys = memory.append(k_MGK, v_MGK, rows)
+    q_MHK, keys = be.append_heads(q_MHK, k_MGK, v_MGK, memory, rows, angles=angles, interleaved=c.rope_interleave)
     o_MHV = be.mark("attention.heads", be.attention(q_MHK, keys, rows, mask=c.mask, scale=c.head_dim**-0.5))
     x_MD = be.mark("attention.output", be.linear(merge_heads(o_MHV), w.self_attn.o_proj, x_MD))
     norm = RMS(w.post_attention_layernorm, c.rms_norm_eps)

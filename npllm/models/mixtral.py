@@ -87,16 +87,13 @@ def cache_spec(c: Config) -> list[LayerSpec]:
 def block(be: Backend, c: Config, w: Any, x_MD: Array, angles: Angles, rows: Rows, memory: LayerCache) -> Array:
     norm = RMS(w.input_layernorm, c.rms_norm_eps)
     q_MHK, k_MGK, v_MGK = be.project_heads(x_MD, w.self_attn.qkv, c.head_dim, norm=norm)
-    q_MHK = be.mark("attention.q", be.rope(q_MHK, angles, c.rope_interleave))
-    k_MGK = be.mark("attention.k", be.rope(k_MGK, angles, c.rope_interleave))
-    v_MGK = be.mark("attention.v", v_MGK)
-    keys = memory.append(k_MGK, v_MGK, rows)
+    q_MHK, keys = be.append_heads(q_MHK, k_MGK, v_MGK, memory, rows, angles=angles, interleaved=c.rope_interleave)
     o_MHV = be.mark("attention.heads", be.attention(q_MHK, keys, rows, mask=c.mask, scale=c.head_dim**-0.5))
     x_MD = be.mark("attention.output", be.linear(merge_heads(o_MHV), w.self_attn.o_proj, x_MD))
     h_MD = be.mark("moe.input", be.rms_norm(x_MD, w.post_attention_layernorm, c.rms_norm_eps))
     index_MC, weight_MC = be.route(h_MD, w.block_sparse_moe.router, c.router)
-    routed_MD = be.moe(h_MD, w.block_sparse_moe.experts, index_MC, weight_MC, c.hidden_act)
-    return be.mark("output", x_MD + be.mark("moe.routed", routed_MD))
+    x_MD = be.expert_ffn(h_MD, w.block_sparse_moe.experts, index_MC, weight_MC, c.hidden_act, residual_MD=x_MD)
+    return be.mark("output", x_MD)
 
 
 def forward(be: Backend, c: Config, w: Any, tokens_M: Array, rows: Rows, cache: Cache) -> Array:

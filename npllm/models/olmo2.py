@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from npllm.arrays import Array
-from npllm.backend import Backend, merge_heads, split_heads
+from npllm.backend import RMS, Backend, HeadNorms, merge_heads
 from npllm.blocks import CAUSAL, Angles
 from npllm.cache import Cache, LayerCache, LayerSpec, Rows
 from npllm.config import DecoderConfig, Reader, read_decoder
@@ -70,17 +70,13 @@ def cache_spec(c: Config) -> list[LayerSpec]:
 def block(be: Backend, c: Config, w: Any, x_MD: Array, angles: Angles, rows: Rows, memory: LayerCache) -> Array:
     eps = c.rms_norm_eps
     q_MHK, k_MGK, v_MGK = be.project_heads(x_MD, w.self_attn.qkv, c.head_dim)
-    q_MHK = split_heads(be.rms_norm(merge_heads(q_MHK), w.self_attn.q_norm, eps), c.head_dim)
-    k_MGK = split_heads(be.rms_norm(merge_heads(k_MGK), w.self_attn.k_norm, eps), c.head_dim)
-    q_MHK = be.mark("attention.q", be.rope(q_MHK, angles))
-    k_MGK = be.mark("attention.k", be.rope(k_MGK, angles))
-    v_MGK = be.mark("attention.v", v_MGK)
-    keys = memory.append(k_MGK, v_MGK, rows)
+    norms = HeadNorms(RMS(w.self_attn.q_norm, eps), RMS(w.self_attn.k_norm, eps), whole=True)
+    q_MHK, keys = be.append_heads(q_MHK, k_MGK, v_MGK, memory, rows, norms=norms, angles=angles)
     o_MHV = be.mark("attention.heads", be.attention(q_MHK, keys, rows, mask=CAUSAL, scale=c.head_dim**-0.5))
     o_MD = be.linear(merge_heads(o_MHV), w.self_attn.o_proj)
-    x_MD = be.mark("attention.output", x_MD + be.rms_norm(o_MD, w.post_attention_layernorm, eps))
+    x_MD = be.mark("attention.output", be.add_normed(x_MD, o_MD, RMS(w.post_attention_layernorm, eps)))
     y_MD = be.gated_ffn(x_MD, w.mlp, c.hidden_act)
-    return be.mark("output", x_MD + be.rms_norm(y_MD, w.post_feedforward_layernorm, eps))
+    return be.mark("output", be.add_normed(x_MD, y_MD, RMS(w.post_feedforward_layernorm, eps)))
 
 
 def forward(be: Backend, c: Config, w: Any, tokens_M: Array, rows: Rows, cache: Cache) -> Array:

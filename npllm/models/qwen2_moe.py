@@ -127,26 +127,23 @@ def block(
 ) -> Array:
     norm = RMS(w.input_layernorm, c.rms_norm_eps)
     q_MHK, k_MGK, v_MGK = be.project_heads(x_MD, w.self_attn.qkv, c.head_dim, norm=norm)
-    q_MHK = be.mark("attention.q", be.rope(q_MHK, angles))
-    k_MGK = be.mark("attention.k", be.rope(k_MGK, angles))
-    v_MGK = be.mark("attention.v", v_MGK)
-    keys = memory.append(k_MGK, v_MGK, rows)
+    q_MHK, keys = be.append_heads(q_MHK, k_MGK, v_MGK, memory, rows, angles=angles)
     o_MHV = be.mark("attention.heads", be.attention(q_MHK, keys, rows, mask=mask, scale=c.head_dim**-0.5))
     x_MD = be.mark("attention.output", be.linear(merge_heads(o_MHV), w.self_attn.o_proj, x_MD))
     norm = RMS(w.post_attention_layernorm, c.rms_norm_eps)
     if not moe:
         return be.mark("output", be.gated_ffn(x_MD, w.mlp, c.hidden_act, norm=norm, residual_MD=x_MD))
     h_MD = be.mark("moe.input", be.normed(x_MD, norm))
-    return be.mark("output", x_MD + moe_ffn(be, c, w.mlp, h_MD))
+    return be.mark("output", moe_ffn(be, c, w.mlp, h_MD, x_MD))
 
 
-def moe_ffn(be: Backend, c: Config, w: Any, h_MD: Array) -> Array:
-    """The chosen experts' sum, and the shared expert weighed by its own gate -> y_MD."""
+def moe_ffn(be: Backend, c: Config, w: Any, h_MD: Array, x_MD: Array) -> Array:
+    """`x` plus the chosen experts' sum, and the shared expert weighed by its own gate -> y_MD."""
     index_MC, weight_MC = be.route(h_MD, w.router, c.router)
-    routed_MD = be.mark("moe.routed", be.moe(h_MD, w.experts, index_MC, weight_MC, c.hidden_act))
+    x_MD = be.expert_ffn(h_MD, w.experts, index_MC, weight_MC, c.hidden_act, residual_MD=x_MD)
     weight_M1 = sigmoid(be.xp, be.linear(h_MD, w.shared_expert_gate))
     shared_MD = be.gated_ffn(h_MD, w.shared_expert, c.hidden_act)
-    return routed_MD + be.mark("moe.shared", weight_M1 * shared_MD)
+    return x_MD + be.mark("moe.shared", weight_M1 * shared_MD)
 
 
 def forward(be: Backend, c: Config, w: Any, tokens_M: Array, rows: Rows, cache: Cache) -> Array:

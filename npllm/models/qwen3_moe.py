@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from npllm.arrays import Array
-from npllm.backend import RMS, Backend, merge_heads
+from npllm.backend import RMS, Backend, HeadNorms, merge_heads
 from npllm.blocks import Angles, Mask, Router, sliding
 from npllm.cache import Cache, LayerCache, LayerSpec, Rows
 from npllm.config import DecoderConfig, Reader, read_decoder, read_experts, read_moe_layers
@@ -99,10 +99,8 @@ def cache_spec(c: Config) -> list[LayerSpec]:
 def block(be: Backend, c: Config, w: Any, x_MD: Array, angles: Angles, rows: Rows, memory: LayerCache, moe: bool) -> Array:
     eps = c.rms_norm_eps
     q_MHK, k_MGK, v_MGK = be.project_heads(x_MD, w.self_attn.qkv, c.head_dim, norm=RMS(w.input_layernorm, eps))
-    q_MHK = be.mark("attention.q", be.rope(be.rms_norm(q_MHK, w.self_attn.q_norm, eps), angles))
-    k_MGK = be.mark("attention.k", be.rope(be.rms_norm(k_MGK, w.self_attn.k_norm, eps), angles))
-    v_MGK = be.mark("attention.v", v_MGK)
-    keys = memory.append(k_MGK, v_MGK, rows)
+    norms = HeadNorms(RMS(w.self_attn.q_norm, eps), RMS(w.self_attn.k_norm, eps))
+    q_MHK, keys = be.append_heads(q_MHK, k_MGK, v_MGK, memory, rows, norms=norms, angles=angles)
     o_MHV = be.mark("attention.heads", be.attention(q_MHK, keys, rows, mask=c.mask, scale=c.head_dim**-0.5))
     x_MD = be.mark("attention.output", be.linear(merge_heads(o_MHV), w.self_attn.o_proj, x_MD))
     norm = RMS(w.post_attention_layernorm, eps)
@@ -110,8 +108,7 @@ def block(be: Backend, c: Config, w: Any, x_MD: Array, angles: Angles, rows: Row
         return be.mark("output", be.gated_ffn(x_MD, w.mlp, c.hidden_act, norm=norm, residual_MD=x_MD))
     h_MD = be.mark("moe.input", be.normed(x_MD, norm))
     index_MC, weight_MC = be.route(h_MD, w.mlp.router, c.router)
-    routed_MD = be.moe(h_MD, w.mlp.experts, index_MC, weight_MC, c.hidden_act)
-    return be.mark("output", x_MD + be.mark("moe.routed", routed_MD))
+    return be.mark("output", be.expert_ffn(h_MD, w.mlp.experts, index_MC, weight_MC, c.hidden_act, residual_MD=x_MD))
 
 
 def forward(be: Backend, c: Config, w: Any, tokens_M: Array, rows: Rows, cache: Cache) -> Array:

@@ -18,6 +18,9 @@ from npllm.backends.cupy_gpu.sources import source
 
 ARCHITECTURES = (80, 90, 100)
 
+# Besides, those of cards whose blocks have less shared memory.
+ALL_ARCHITECTURES = (80, 86, 89, 90, 100)
+
 
 class Usage(NamedTuple):
     """What ptxas says of a kernel: registers of a thread, bytes that it spills."""
@@ -35,7 +38,7 @@ def variants() -> dict[str, list[dict[str, int]]]:
     tiles += [{"FORMAT": f, "TILE": 64, "TENSOR": 0} for f in formats]
     by_format = [{"FORMAT": f} for f in formats]
     kept = [{"STORED": 2}, {"STORED": 0}]
-    sizes = ((64, 1), (32, 1), (32, 2), (16, 2), (16, 4))
+    sizes = ((64, 1), (32, 1), (32, 2), (16, 2), (16, 4), (8, 4), (4, 4))
     splits = [stored | {"LANES": n, "KEYS": k, "VALUES": v} for stored, n, (k, v) in product(kept, LANES, sizes)]
     heads = sorted(TILE_WIDTHS, key=lambda width: abs(width - 128))
     wide = [stored | {"HEAD": h, "VALUES": h, "CAPPED": c} for stored, h, c in product(kept, heads, (0, 1))]
@@ -44,10 +47,10 @@ def variants() -> dict[str, list[dict[str, int]]]:
     return {
         "gemv.cu": few, "gemv_gated.cu": few, "gemv_activated.cu": few, "gemm.cu": tiles, "attention.cu": splits,
         "attention_tiles.cu": wide, "norms.cu": [{"WIDE": 1}, {"WIDE": 0}], "rope.cu": [{}], "embed.cu": by_format,
-        "widen.cu": by_format, "append.cu": kept, "elementwise.cu": [{}], "latent.cu": [{}],
+        "widen.cu": by_format, "heads.cu": kept, "elementwise.cu": [{}], "latent.cu": [{}],
         "absorb.cu": absorbed, "latent_attention.cu": latent,
         "moe_few.cu": [{"FORMAT": f, "TOKENS": 1, "ROWS": r} for f, r in product(formats, (2, 4))], "moe_many.cu": tiles,
-        "moe_plan.cu": [{}], "route.cu": [{}], "sample.cu": [{"N": 151936}],
+        "moe_plan.cu": [{}], "route.cu": [{}], "route_few.cu": few, "sample.cu": [{"N": 151936}],
     }  # fmt: skip
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 
 import pytest
 
-from tests.gpu.compiled import ARCHITECTURES, Usage, compiled, compiler, variants
+from npllm.backends.cupy_gpu.sources import kernels, source
+from tests.gpu.compiled import ALL_ARCHITECTURES, ARCHITECTURES, Usage, compiled, compiler, variants
 
 VARIANTS = variants()
 
@@ -23,6 +25,17 @@ def test_all_files_are_here() -> None:
     assert set(VARIANTS) == {file.name for file in folder.iterdir() if file.name.endswith(".cu")}
 
 
+@pytest.mark.parametrize("file", VARIANTS)
+def test_every_kernel_waits_for_its_inputs(file: str) -> None:
+    """Before any way out: what comes after a grid counts on all that came before it."""
+    bodies = re.split(r'^extern "C" __global__ void ', source(file), flags=re.MULTILINE)[1:]
+    assert len(bodies) == len(kernels(file))
+    for body in bodies:
+        waits = re.search(r"wait_for_inputs\(\)|\bproducts<", body.partition("\n}\n")[0])
+        assert waits, body[:80]
+        assert not re.search(r"\breturn\b", body[: waits.start()]), body[:80]
+
+
 def keeps_to_registers(found: list[Usage]) -> None:
     assert found
     for usage in found:
@@ -35,7 +48,7 @@ def keeps_to_registers(found: list[Usage]) -> None:
 def test_a_file_compiles(file: str) -> None:
     """As Qwen3 in bf16 needs it, for one architecture: which one goes by the file, so that all have their turn."""
     number = list(VARIANTS).index(file)
-    keeps_to_registers(compiled(file, VARIANTS[file][0], ARCHITECTURES[number % len(ARCHITECTURES)]))
+    keeps_to_registers(compiled(file, VARIANTS[file][0], ALL_ARCHITECTURES[number % len(ALL_ARCHITECTURES)]))
 
 
 @needs_compiler

@@ -310,7 +310,7 @@ def test_the_emulator_notices_what_a_gpu_would_not() -> None:
     from tests.gpu.emulator import Emulator
 
     device = Emulator()
-    kernel = device.kernel("append.cu", "append", {"STORED": 0})
+    kernel = device.kernel("elementwise.cu", "halve", {})
     with pytest.raises(TypeError, match="not an array of the device"):
         device.launch(kernel, (1, 1, 1), 32, (np.zeros(3), Out(device.empty((3,), "float32"))))
     assert np.isnan(device.download(device.empty((3,), "float32"))).all()
@@ -319,3 +319,15 @@ def test_the_emulator_notices_what_a_gpu_would_not() -> None:
         x + np.arange(3.0)
     with pytest.raises(TypeError, match="download it"):
         x.__array__()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the kernels for the CPU, and is not installed")
+def test_counters_that_a_graph_knows_stay_where_they_are() -> None:
+    """More of them are asked for later, by a longer prompt: the graph still draws from the first ones."""
+    from tests.gpu.emulator import EmulatedBackend
+
+    be = EmulatedBackend("float32")
+    first = be.tickets(1).array
+    address = be.device.address(first)
+    assert len(be.tickets(2 * len(first)).array) == 2 * len(first)
+    assert any(be.device.address(each) == address for each in be._tickets)

@@ -51,8 +51,8 @@ RARELY = (
     Mistake("latent_attention.cu", "COLUMNS + LANE / 16 * 8", "COLUMNS", "latent_attention/wide", "stored"),
     Mistake("absorb.cu", "w < WARPS; w++) sum += room", "w < 1; w++) sum += room", "latent_attention/decode"),
     Mistake("absorb.cu", "sum * inverse", "sum", "latent_attention/decode-300", "stored"),
-    Mistake("latent.cu", "c[l] * scale", "c[l]", "latent_project/odd"),
-    Mistake("latent.cu", "interleaved ? i & 1 : i >= pairs", "i & 1", "latent_project/prefill-halves"),
+    Mistake("heads.cu", "c[l] * inverse", "c[l]", "latent_project/odd"),
+    Mistake("heads.cu", "interleaved ? k & 1 : k >= pairs", "k & 1", "latent_project/prefill-halves"),
     Mistake("latent.cu", "from[n - turning]", "from[n - turning - 1]", "latent_expand/value-wider"),
 )  # fmt: skip
 

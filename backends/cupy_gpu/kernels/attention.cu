@@ -84,8 +84,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) attend(
     wait_for_inputs();
     release_dependents();
 
-    const i64 splits = gridDim.x, split = blockIdx.x, r = blockIdx.z, per = heads / key_heads;
-    const i64 head = blockIdx.y % key_heads, first_lane = blockIdx.y / key_heads * LANES;
+    const i64 splits = gridDim.y, split = blockIdx.y, r = blockIdx.z, per = heads / key_heads;
+    const i64 head = blockIdx.x % key_heads, first_lane = blockIdx.x / key_heads * LANES;
     const Row row = row_of_plan(plan, r);
     const i64 lanes = (row.end - row.query) * per;
     if (first_lane >= lanes || row.end - row.query > most) return;
@@ -236,7 +236,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) attend(
     }
 
     // What is stored of a lane: its maximum, its total, then its sums.
-    const i64 record = value_width + 2, tile = blockIdx.y + (i64)gridDim.y * r;
+    const i64 record = value_width + 2, tile = blockIdx.x + (i64)gridDim.x * r;
     float *mine = partial + (tile * splits + split) * LANES * record;
 #pragma unroll
     for (int lane = 0; lane < LANES; lane++) {
@@ -245,13 +245,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) attend(
         for (int j = 0; j < VALUES; j++)
             if (threadIdx.x + j * THREADS < value_width) mine[lane * record + 2 + threadIdx.x + j * THREADS] = sums[lane][j];
     }
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) arrived = atomicAdd(tickets + tile, 1u);
-    __syncthreads();
-    if (arrived != splits - 1) return;
-    __threadfence();
-    if (threadIdx.x == 0) tickets[tile] = 0;
+    if (!is_last(tickets + tile, (u32)splits, &arrived)) return;
 #pragma unroll 1
     for (int lane = 0; lane < used; lane++) {
         i64 token = row.query + (first_lane + lane) / per, h = head * per + (first_lane + lane) % per;

@@ -44,7 +44,6 @@ __device__ __forceinline__ float load_shared_by_blocks(const float *p) {
     asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
     return v;
 }
-__device__ __forceinline__ void prefetch_l2(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 __device__ __forceinline__ float f16_to_float(u32 bits) {
     float f;
@@ -111,6 +110,20 @@ __device__ __forceinline__ float warp_sum(float x) {
 __device__ __forceinline__ float warp_max(float x) {
     for (int step = 16; step; step >>= 1) x = fmaxf(x, __shfl_xor_sync(FULL, x, step));
     return x;
+}
+// Whether this block is the last of `blocks` that draw this ticket, which lies at zero before and after. What the others wrote
+// before they drew is seen by load_shared_by_blocks. `room` is a number in shared memory. Three barriers.
+__device__ __forceinline__ bool is_last(u32 *ticket, u32 blocks, u32 *room) {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) *room = atomicAdd(ticket, 1u);
+    __syncthreads();
+    bool last = *room == blocks - 1;
+    __syncthreads();
+    if (!last) return false;
+    __threadfence();
+    if (threadIdx.x == 0) *ticket = 0;
+    return true;
 }
 // The sum over all threads of a block, in each of them; `room` holds a number per warp. Two barriers.
 __device__ __forceinline__ float block_sum(float x, float *room) {

@@ -1,19 +1,14 @@
 // Products of rows of a stored matrix with few tokens, whose activations go through a norm into shared memory.
 #include "activations.cuh"
 #include "matrix.cuh"
-
-// Of a source (npllm.backends.cupy_gpu.base.Source): no norm, RMS, LayerNorm.
-#define NO_NORM 0
-#define RMS 1
-#define LAYER 2
-
-// Activations [tokens, width], rows `stride` numbers apart, and the norm that they are read through.
-#define SOURCE                                                                                                         \
-    const float *x, i64 tokens, i64 width, i64 stride, i64 norm, const float *gain, const float *shift, float eps, float offset
-#define SOURCE_GIVEN x, tokens, width, stride, norm, gain, shift, eps, offset
+#include "source.cuh"
 
 #define WARPS 4
 #define THREADS (WARPS * 32)
+
+// Blocks that a multiprocessor shall have room for. Told of three, the compiler for sm_100 spills where FP8 meets eight tokens,
+// with registers to spare.
+#define BLOCKS (FORMAT == F8 && TOKENS == 8 ? 2 : 3)
 
 // Numbers of a token that are staged at a time, and those that lie in 16 bytes of weights as PLANES groups of 4: group p of
 // vector v is a float4, so that the lanes of a warp, which take a vector each, read 16 bytes side by side.

@@ -2,7 +2,7 @@
 #include "gemv.cuh"
 
 // `act(W h + b)`, h = norm(x) -> [tokens, rows].
-extern "C" __global__ void __launch_bounds__(THREADS, 3) gemv_activated(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemv_activated(
     SOURCE, Matrix m, const float *bias, i64 act, float *out) {
     DYNAMIC_SHARED(staged);
     i64 n0 = ((i64)blockIdx.x * WARPS + WARP) * ROWS;

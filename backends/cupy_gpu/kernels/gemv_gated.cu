@@ -2,7 +2,7 @@
 #include "gemv.cuh"
 
 // Hidden features `act(gate h + b) * (up h + b)`, h = norm(x) -> [tokens, rows]: a warp computes the same ROWS / 2 of both.
-extern "C" __global__ void __launch_bounds__(THREADS, 3) gemv_gated(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemv_gated(
     SOURCE, Matrix gate, const float *gate_bias, Matrix up, const float *up_bias, i64 act, float *out) {
     DYNAMIC_SHARED(staged);
     const int HALF = ROWS / 2;

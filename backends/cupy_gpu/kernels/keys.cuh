@@ -29,3 +29,14 @@ __device__ __forceinline__ i64 reach(i64 query, i64 window, i64 chunk) {
     if (chunk) low = max(low, query / chunk * chunk);
     return low;
 }
+
+// Where a new token is kept of a row, counted in tokens from the beginning of storage [slots, size, ..] of one head; -1 where
+// it is not: nobody's row, or one that brings more than `size`, of which the last ones stay.
+__device__ __forceinline__ i64 place_of_new(const i64 *plan, i64 rows, i64 token, i64 size, i64 heads, i64 head) {
+    i64 r = 0;
+    while (r < rows && token >= row_of_plan(plan, r).end) r++;
+    if (r == rows) return -1;
+    Row row = row_of_plan(plan, r);
+    if (row.slot < 0 || row.end - token > size) return -1;
+    return (row.slot * heads + head) * size + (row.place + token - row.query) % size;
+}

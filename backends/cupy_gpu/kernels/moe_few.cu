@@ -76,10 +76,11 @@ __device__ __forceinline__ void dots(const Matrix &m, i64 n0, const float *x, fl
     for (int r = 0; r < ROWS; r++) sums[r] = warp_sum(sums[r]);
 }
 
-// The weighted sums of what the experts say -> [M, D]: a block computes ROWS rows of `down` of all of a token's choices, a
+// `residual` plus the weighted sums of what the experts say -> [M, D]: a block computes ROWS rows of `down` of all of a token's choices, a
 // warp every fourth choice, and adds in the order of the choices. Without `weights` each counts 1.
 extern "C" __global__ void __launch_bounds__(THREADS) moe_say_few(
-    const float *hidden, i64 choices, i64 experts, const i64 *index, const float *weights, Matrix down, float *out) {
+    const float *hidden, i64 choices, i64 experts, const i64 *index, const float *weights, Matrix down, const float *residual,
+    float *out) {
     DYNAMIC_SHARED(room);
     float *said = (float *)room;
     i64 token = blockIdx.x, n0 = (i64)blockIdx.y * ROWS;
@@ -97,6 +98,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) moe_say_few(
     if (threadIdx.x < ROWS && n0 + threadIdx.x < down.rows) {
         float sum = 0;
         for (i64 c = 0; c < choices; c++) sum += said[c * ROWS + threadIdx.x];
-        out[token * down.rows + n0 + threadIdx.x] = sum;
+        i64 at = token * down.rows + n0 + threadIdx.x;
+        out[at] = residual ? residual[at] + sum : sum;
     }
 }

@@ -19,7 +19,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) moe_count(const i64 *index
 // Where choices go: those of an expert lie side by side in whole tiles of `tile` places, the last one filled up with -1. Of
 // each of `tiles` tiles, its expert, or -1 behind the last. A block an expert; its threads take choices in turn, so that each
 // keeps the order.
-extern "C" __global__ void __launch_bounds__(THREADS) moe_place(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_place(
     const i64 *index, i64 choices, const i64 *counts, i64 experts, i64 tile, i64 tiles, i64 *order, i64 *owners) {
     __shared__ int before[WARPS];
     i64 expert = blockIdx.x;
@@ -49,10 +49,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) moe_place(
     }
 }
 
-// The weighted sums of what was said of each choice [M C, D] -> [M, D], in the order of the choices; without `weights` each
+// `residual` plus the weighted sums of what was said of each choice [M C, D] -> [M, D], in the order of the choices; without `weights` each
 // counts 1. Numbers that are no expert's have said nothing. A thread a number.
 extern "C" __global__ void __launch_bounds__(THREADS) moe_sum(
-    const float *said, i64 tokens, i64 choices, i64 width, i64 experts, const i64 *index, const float *weights, float *out) {
+    const float *said, i64 tokens, i64 choices, i64 width, i64 experts, const i64 *index, const float *weights,
+    const float *residual, float *out) {
     wait_for_inputs();
     release_dependents();
     i64 i = (i64)blockIdx.x * THREADS + threadIdx.x;
@@ -62,5 +63,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) moe_sum(
     for (i64 choice = token * choices; choice < (token + 1) * choices; choice++)
         if (0 <= index[choice] && index[choice] < experts)
             sum += said[choice * width + n] * (weights ? weights[choice] : 1.0f);
-    out[i] = sum;
+    out[i] = residual ? residual[i] + sum : sum;
 }

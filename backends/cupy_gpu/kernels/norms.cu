@@ -1,18 +1,17 @@
-// Norms of rows: RMS, and LayerNorm where there is a shift (npllm.blocks.norms). Macros: WIDE, a block per row instead of a warp.
-#include "common.cuh"
-
-#define THREADS 128
+// Norms of rows (npllm.blocks.norms), `residual + norm(x)` where there is one. Macros: WIDE, a block per row instead of a warp.
+#include "source.cuh"
 
 #if WIDE
+#define THREADS 512
 #define EACH THREADS
 #define SUM(x) block_sum(x, room)
 #else
+#define THREADS 128
 #define EACH 32
 #define SUM(x) warp_sum(x)
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS) norm_rows(
-    const float *x, i64 rows, i64 width, i64 layer, const float *gain, const float *shift, float eps, float offset, float *out) {
+extern "C" __global__ void __launch_bounds__(THREADS) norm_rows(SOURCE, const float *residual, float *out) {
     wait_for_inputs();
     release_dependents();
 #if WIDE
@@ -22,11 +21,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_rows(
 #else
     i64 row = (i64)blockIdx.x * (THREADS / 32) + WARP;
     int first = LANE;
-    if (row >= rows) return;
+    if (row >= tokens) return;
 #endif
-    const float *from = x + row * width;
+    const float *from = x + row * stride;
     float mean = 0, squares = 0;
-    if (layer) {
+    if (norm == LAYER) {
         for (int k = first; k < width; k += EACH) mean += from[k];
         mean = SUM(mean) / (float)width;
     }
@@ -35,7 +34,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_rows(
     for (int k = first; k < width; k += EACH) {
         float y = (from[k] - mean) * scale;
         if (gain) y *= offset + gain[k];
-        if (layer) y += shift[k];
+        if (norm == LAYER) y += shift[k];
+        if (residual) y += residual[row * width + k];
         out[row * width + k] = y;
     }
 }

@@ -1,5 +1,5 @@
 // Rotary embeddings (npllm.blocks.rope).
-#include "common.cuh"
+#include "turn.cuh"
 
 // Cosines and sines [tokens, pairs] of position * frequency, times `scale`.
 extern "C" __global__ void angles(
@@ -21,15 +21,8 @@ extern "C" __global__ void rotate(
     release_dependents();
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= tokens * heads * width) return;
-    i64 token = i / (heads * width), head = i / width % heads, k = i % width;
+    i64 token = i / (heads * width), head = i / width % heads;
     const float *from = x + token * token_step + head * head_step;
-    float y = from[k];
-    if (k < 2 * pairs) {
-        bool second = interleaved ? k & 1 : k >= pairs;
-        i64 pair = interleaved ? k >> 1 : k - (second ? pairs : 0), step = interleaved ? 1 : pairs;
-        float cosine = cosines[token * pairs + pair], sine = sines[token * pairs + pair];
-        float other = from[second ? k - step : k + step];
-        y = second ? y * cosine + other * sine : y * cosine - other * sine;
-    }
-    out[i] = y;
+    out[i] = turned([=](int k) { return from[k]; }, (int)(i % width), cosines + token * pairs, sines + token * pairs, (int)pairs,
+                    interleaved);
 }

@@ -159,19 +159,24 @@ CODES: dict[str, Callable[[np.random.Generator, tuple[int, int]], Array]] = {"no
 
 
 def groups(M: int, D: int, F: int, bits: int, *, edge: bool = False, bias: float = 0.0) -> Draw:
-    """x and a weight of 8 or 4 bits in groups of 32 with factors over a decade; `edge`: extreme codes only, factors of 0."""
+    """x and a weight of 8 or 4 bits (`grouped`)."""
 
     def draw(dice: np.random.Generator, scale: float) -> dict[str, Array]:
-        first, last = (-128, 127) if bits == 8 else (0, 15)
-        codes = dice.choice([first, last], (F, D)) if edge else dice.integers(first, last + 1, (F, D))
-        factors = np.exp(dice.uniform(-1.2, 1.2, (F, D // 32))) / (2.0 ** (bits - 2) * np.sqrt(max(D, 1)))
-        if edge:
-            factors *= dice.random(factors.shape) < 0.7
-        weight = codes.astype(np.int8) if bits == 8 else storage.packed(codes)
-        inputs = {"x": scale * dice.standard_normal((M, D)), "weight": weight, "scales": factors.astype(np.float16)}
+        weight, scales = grouped(dice, F, D, bits, edge=edge)
+        inputs = {"x": scale * dice.standard_normal((M, D)), "weight": weight, "scales": scales}
         return inputs | ({"bias": bias * dice.standard_normal(F)} if bias else {})
 
     return draw
+
+
+def grouped(dice: np.random.Generator, F: int, D: int, bits: int, *, edge: bool = False) -> tuple[Array, Array]:
+    """A weight of 8 or 4 bits in groups of 32 and its factors, over a decade; `edge`: extreme codes only, factors of 0."""
+    first, last = (-128, 127) if bits == 8 else (0, 15)
+    codes = dice.choice([first, last], (F, D)) if edge else dice.integers(first, last + 1, (F, D))
+    factors = np.exp(dice.uniform(-1.2, 1.2, (F, D // 32))) / (2.0 ** (bits - 2) * np.sqrt(max(D, 1)))
+    if edge:
+        factors *= dice.random(factors.shape) < 0.7
+    return (codes.astype(np.int8) if bits == 8 else storage.packed(codes)), factors.astype(np.float16)
 
 
 # -- cases ------------------------------------------------------------------------------------------------------------

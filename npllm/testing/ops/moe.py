@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,24 +12,33 @@ from npllm.arrays import Array
 from npllm.backend import Backend
 from npllm.handles import Stack
 from npllm.testing.case import Case, Draw
-from npllm.testing.estimate import Estimate, exact, factor, growth, linear, stored, summation, times
+from npllm.testing.estimate import Estimate, exact, factor, growth, linear, quantised, stored, summation, times
 from npllm.testing.operation import Arrays, Operation, Settings
 from npllm.testing.ops import factors, feed
+from npllm.testing.ops import quantised as storage
 from npllm.testing.ops.ffn import activated, in_the_tail, wide_range
+from npllm.testing.ops.linear import Q4, Q8, grouped, widened, with_moved
 from npllm.testing.ops.moe_mistakes import MISTAKES
 from npllm.testing.rounding import Format, Rounding
 from npllm.weights import Experts, Linear
 
 
 def run(be: Backend, inputs: Arrays, settings: Settings) -> tuple[Array, ...]:
-    parts = (Linear(stack(name, inputs[name])) for name in ("gate", "up", "down"))
+    parts = (Linear(stack(name, inputs, settings)) for name in ("gate", "up", "down"))
     prepared: Any = be.prepare(Experts(*parts))
     x, index, weight = (feed.activation(be, inputs[name]) for name in ("x", "index", "weight"))
     return (be.moe(x, prepared, index, weight, settings["act"], weigh=settings.get("weigh", "output")),)
 
 
-def stack(name: str, x_EFD: Array) -> Stack:
-    return Stack(name, tuple(feed.handle(f"{name}.{e}", x) for e, x in enumerate(x_EFD)))
+def stack(name: str, inputs: Arrays, settings: Settings) -> Stack:
+    matrices = (storage.handle(matrix(name, e, inputs), settings) for e in range(len(inputs[name])))
+    return Stack(name, tuple(replace(each, name=f"{name}.{e}") for e, each in enumerate(matrices)))
+
+
+def matrix(name: str, e: int, inputs: Arrays) -> Arrays:
+    """The arrays of an expert's matrix under the names that npllm.testing.ops.quantised knows."""
+    scales = f"{name}_scales"
+    return {"weight": inputs[name][e]} | ({"scales": inputs[scales][e]} if scales in inputs else {})
 
 
 # -- the budget -------------------------------------------------------------------------------------------------------
@@ -37,13 +48,13 @@ def stack(name: str, x_EFD: Array) -> Stack:
 def estimate(inputs: Arrays, settings: Settings, rounding: Rounding, got: Arrays | None) -> tuple[Estimate, ...]:
     index, weight = inputs["index"], inputs["weight"]
     on_input = settings.get("weigh", "output") == "input"
-    y = by_expert(inputs, on_input, settings["act"], rounding)
+    y = by_expert(inputs, on_input, settings, rounding)
     weights = np.ones_like(weight) if on_input else weight
     total = weighted_sum(y, index, weights, rounding)
     return (stored(total, rounding.format("partial"), rounding.format("output")),)
 
 
-def by_expert(inputs: Arrays, on_input: bool, act: str, rounding: Rounding) -> Estimate:
+def by_expert(inputs: Arrays, on_input: bool, settings: Settings, rounding: Rounding) -> Estimate:
     """What each chosen expert says, before weights on the output [M, C, D]."""
     at, to = rounding.format("accumulate"), rounding.format("factors")
     (M, C), D = inputs["index"].shape, inputs["x"].shape[1]
@@ -55,20 +66,30 @@ def by_expert(inputs: Arrays, on_input: bool, act: str, rounding: Rounding) -> E
             x = stored(
                 times(exact(x.value), exact(inputs["weight"][token, choice][:, None]), at), at, rounding.format("hidden")
             )
-        gate, up, down = (factor(inputs[name][e], to) for name in ("gate", "up", "down"))
-        y = expert(x, (gate, up), down, act, rounding)
+        y = expert(x, {name: matrix(name, e, inputs) for name in ("gate", "up", "down")}, settings, rounding)
         for whole, part in zip(out, y, strict=True):
             whole[token, choice] = part
     return out
 
 
-def expert(x_TD: Estimate, two_FD: tuple[Estimate, Estimate], down_DF: Estimate, act: str, rounding: Rounding) -> Estimate:
-    """`down(act(gate x) * up x)`, as an expert hands it on; gate and up are the two."""
+def expert(x_TD: Estimate, matrices: Mapping[str, Arrays], settings: Settings, rounding: Rounding) -> Estimate:
+    """`down(act(gate x) * up x)`, as an expert hands it on."""
     at, features = rounding.format("accumulate"), rounding.format("features")
-    gate_TF, up_TF = (linear(x_TD, part, at) for part in two_FD)
-    active_TF, up_TF = (stored(part, at, features) for part in (activated(gate_TF, act, rounding), up_TF))
+    gate_TF, up_TF = (multiplied(x_TD, matrices[name], settings, rounding) for name in ("gate", "up"))
+    active_TF, up_TF = (stored(part, at, features) for part in (activated(gate_TF, settings["act"], rounding), up_TF))
     hidden_TF = stored(times(active_TF, up_TF, at), at, rounding.format("hidden"))
-    return stored(linear(hidden_TF, down_DF, at), at, rounding.format("partial"))
+    return stored(multiplied(hidden_TF, matrices["down"], settings, rounding), at, rounding.format("partial"))
+
+
+def multiplied(x_TD: Estimate, of: Arrays, settings: Settings, rounding: Rounding) -> Estimate:
+    """`x W^T`. Of a matrix in codes, it is known what rounding its numbers, or x, to fewer bits changes."""
+    at = rounding.format("accumulate")
+    if "storage" not in settings:
+        return linear(x_TD, factor(of["weight"], rounding.format("factors")), at)
+    weight, x = storage.values(of, settings), exact(x_TD.value)
+    known = exact(weight)
+    out = with_moved(linear(x_TD, known, at), x, known, x, widened(weight, rounding.format("weights")))
+    return out if rounding.activations is None else with_moved(out, x, known, quantised(x, rounding.activations), known)
 
 
 def weighted_sum(y_MCD: Estimate, index_MC: Array, weight_MC: Array, rounding: Rounding) -> Estimate:
@@ -163,6 +184,20 @@ def mixture(M: int, D: int, F: int, E: int, C: int, index: Any = uniform, weight
     return draw
 
 
+def coded(M: int, D: int, F: int, E: int, C: int, bits: int) -> Draw:
+    """The same with experts of 8 or 4 bits, in groups of 32."""
+
+    def draw(dice: np.random.Generator, scale: float) -> dict[str, Array]:
+        inputs = mixture(M, D, F, E, C)(dice, scale)
+        for name in ("gate", "up", "down"):
+            _, rows, columns = inputs[name].shape
+            codes, scales = zip(*(grouped(dice, rows, columns, bits) for _ in range(E)), strict=True)
+            inputs |= {name: np.stack(codes), f"{name}_scales": np.stack(scales)}
+        return inputs
+
+    return draw
+
+
 def case(name: str, draw: Draw, tags: str, scales: tuple[float, ...] = (1.0,), /, **settings: Any) -> Case:
     return Case("moe", name, draw, {"act": "silu"} | settings, frozenset(tags.split()), scales)
 
@@ -190,6 +225,12 @@ CASES = (
     case("prime-sizes", mixture(67, 71, 211, 13, 3), "prefill odd"),
     case("decode", mixture(1, 128, 96, 16, 4), "decode"),
     case("decode-batch", mixture(5, 96, 64, 32, 8), "decode empty-expert"),
+    case("decode-weighted-input", mixture(1, 96, 256, 16, 1), "decode weighted-input one-choice", weigh="input"),
+    case("decode-weighted-inputs", mixture(5, 96, 256, 8, 3), "decode weighted-input", (1.0, 3.0), weigh="input"),
+    case("q8-decode", coded(5, 96, 256, 8, 3, 8), "decode q8", **Q8),
+    case("q8-prefill", coded(96, 64, 256, 8, 2, 8), "prefill q8", **Q8),
+    case("q4-decode-weighted-input", coded(3, 64, 256, 8, 2, 4), "decode q4 weighted-input", weigh="input", **Q4),
+    case("q4-prefill", coded(96, 64, 256, 8, 2, 4), "prefill q4", **Q4),
     case("width-one", mixture(40, 1, 1, 4, 2), "odd"),
     case("no-tokens", mixture(0, 32, 16, 8, 2), "empty"),
 )  # fmt: skip
@@ -203,6 +244,9 @@ OPERATIONS = (
             "gate": ("expert", "hidden", "feature"),
             "up": ("expert", "hidden", "feature"),
             "down": ("expert", "feature", "hidden"),
+            "gate_scales": ("expert", "hidden", "group"),
+            "up_scales": ("expert", "hidden", "group"),
+            "down_scales": ("expert", "feature", "group"),
             "index": ("token", "choice"),
             "weight": ("token", "choice"),
         },

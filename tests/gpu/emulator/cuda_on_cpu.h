@@ -25,6 +25,7 @@ extern "C" {
 extern Index3 threadIdx, blockIdx, blockDim, gridDim;
 extern unsigned emu_lane_of_block;       // the running thread's number in its block
 extern unsigned char *emu_shared;        // dynamic shared memory
+extern int emu_misaligned;               // whether a vector was read at an address that is no multiple of its size
 void emu_block_barrier();
 void emu_warp_barrier();
 unsigned *emu_exchange(unsigned words);  // room of the running warp for 32 lanes x words; another one at each call
@@ -97,9 +98,13 @@ template <class T> inline T atomicCAS(T *place, T expected, T value) {
 #define DYNAMIC_SHARED(name) unsigned char *name = emu_shared
 inline void wait_for_inputs() {}
 inline void release_dependents() {}
-template <class T> inline T load_once(const T *p) { return *p; }
+// Vectors begin at multiples of 16 bytes: noted, and told when the launch ends.
+inline void emu_vector_at(const void *p) { if ((unsigned long)p % 16) emu_misaligned = 1; }
+template <class T> inline T load_once(const T *p) {
+    if (sizeof(T) == 16) emu_vector_at(p);
+    return *p;
+}
 template <class T> inline T load_shared_by_blocks(const T *p) { return *p; }
-inline void prefetch_l2(const void *) {}
 inline float f16_to_float(unsigned bits) {
     unsigned sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 31, mantissa = bits & 1023;
     if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | mantissa << 13);
@@ -115,6 +120,7 @@ extern "C" EmuCopies *emu_copies();
 inline void copy_async16(void *shared, const void *global, bool valid = true) {
     EmuCopies *c = emu_copies();
     if (c->count == 64) __builtin_trap();
+    emu_vector_at(shared), emu_vector_at(global);
     c->group[c->count] = c->groups;
     c->queue[c->count++] = {shared, global, !valid};
 }
@@ -194,6 +200,7 @@ template <class... A> inline void emu_call(void (*kernel)(A...), void **args) {
 }
 extern unsigned char __start_npllm_shared[] __attribute__((weak, visibility("hidden")));
 extern unsigned char __stop_npllm_shared[] __attribute__((weak, visibility("hidden")));
+extern "C" inline __attribute__((used)) unsigned emu_static_shared() { return __stop_npllm_shared - __start_npllm_shared; }
 #define EMU_ENTRY(kernel)                                                                                              \
     static void emu_entry_##kernel(void **args) { emu_call(kernel, args); }                                            \
     extern "C" int emu_launch_##kernel(const Index3 *grid, const Index3 *block, unsigned shared, unsigned seed, void **args) { \

@@ -27,7 +27,11 @@ HERE = Path(__file__).parent
 
 OPTIONS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-fno-strict-aliasing")
 
-PROBLEMS = {1: "a barrier that some threads never reach", 2: "copies to shared memory that nobody waited for"}
+PROBLEMS = {
+    1: "a barrier that some threads never reach",
+    2: "copies to shared memory that nobody waited for",
+    3: "a vector that does not begin at a multiple of 16 bytes",
+}
 
 # What arrays begin at multiples of on a GPU.
 ALIGNMENT = 256
@@ -55,6 +59,18 @@ def built(name: str, text: str, *more: str) -> Path:
     return library
 
 
+# What a grid may have at most along its axes.
+LARGEST_GRID = (2**31 - 1, 65535, 65535)
+
+
+def allowed(device: Emulator, kernel: Kernel, grid: Grid, block: int, shared: int) -> None:
+    """ValueError for a launch that a GPU would refuse."""
+    arrays = device.arrays.get((kernel.file, kernel.name, *kernel.defines), 0)
+    sizes = all(0 < size <= most for size, most in zip(grid, LARGEST_GRID, strict=True))
+    if not (sizes and block in range(32, 1025, 32) and shared + arrays <= device.shared_limit):
+        raise ValueError(f"{kernel.name} on a grid of {grid}, {block} threads, {shared} and {arrays} bytes each")
+
+
 class Emulator(Device):
     """A small GPU: few multiprocessors, so that small cases are cut into splits too."""
 
@@ -72,6 +88,8 @@ class Emulator(Device):
         self.limit = memory
         self.kernels: dict[tuple[Any, ...], Kernel] = {}
         self.compiled: set[tuple[Any, ...]] = set()
+        # Bytes of shared memory that the kernels of a file have as arrays, by what they were compiled with.
+        self.arrays: dict[tuple[Any, ...], int] = {}
         self.launches: Launches | None = None
         self.seed = 0
         self.recording: list[Callable[[], None]] | None = None
@@ -127,6 +145,7 @@ class Emulator(Device):
             macros = tuple(sorted(defines.items()))
             library = ctypes.CDLL(str(self.compile(file, macros)))
             self.kernels[key] = Kernel(file, name, macros, getattr(library, f"emu_launch_{name}"))
+            self.arrays[key] = library.emu_static_shared()
         return self.kernels[key]
 
     def compile(self, file: str, macros: tuple[tuple[str, int], ...]) -> Path:
@@ -143,8 +162,7 @@ class Emulator(Device):
 
     def launch(self, kernel: Kernel, grid: Grid, block: int, args: Iterable[Argument], shared: int = 0) -> None:
         STREAM.finish("a launch")
-        if not (block in range(32, 1025, 32) and shared <= self.shared_limit and min(grid) > 0):
-            raise ValueError(f"{kernel.name} on a grid of {grid}, {block} threads and {shared} bytes each")
+        allowed(self, kernel, grid, block, shared)
         launch = Launch(kernel, grid, block, shared, tuple(args))
         packed = Packed(launch.args, self.address)
 

@@ -11,7 +11,7 @@
 
 namespace {
 enum State { RUNNING, AT_BLOCK, AT_WARP, DONE };
-enum Outcome { FINISHED = 0, DIVERGENT_BARRIER = 1, COPY_NOT_AWAITED = 2 };
+enum Outcome { FINISHED = 0, DIVERGENT_BARRIER = 1, COPY_NOT_AWAITED = 2, MISALIGNED = 3 };
 constexpr size_t STACK = 1 << 16;
 constexpr unsigned ROOMS = 4, WORDS = 32 * 8;
 
@@ -122,6 +122,7 @@ extern "C" {
 Index3 threadIdx, blockIdx, blockDim, gridDim;
 unsigned emu_lane_of_block;
 unsigned char *emu_shared;
+int emu_misaligned;
 
 void emu_block_barrier() { give_way(AT_BLOCK); }
 void emu_warp_barrier() { give_way(AT_WARP); }
@@ -136,6 +137,7 @@ unsigned *emu_exchange(unsigned words) {
 int emu_run(const Index3 *grid, const Index3 *block, unsigned shared, unsigned seed, void (*kernel)(void **), void **args,
             unsigned char *begin, unsigned char *end) {
     std::mt19937 dice(seed);
+    emu_misaligned = 0;
     gridDim = *grid, blockDim = *block, body = kernel, arguments = args;
     threads = block->x * block->y * block->z;
     if (fibers.size() < threads) fibers.resize(threads);
@@ -157,6 +159,6 @@ int emu_run(const Index3 *grid, const Index3 *block, unsigned shared, unsigned s
         for (unsigned i = 0; i < threads; i++) prepare(fibers[i]);
         if (int outcome = run_block()) return outcome;
     }
-    return FINISHED;
+    return emu_misaligned ? MISALIGNED : FINISHED;
 }
 }
