@@ -85,10 +85,6 @@ def merge_heads(o_MHV: Array) -> Array:
     return o_MHV.reshape(len(o_MHV), o_MHV.shape[1] * o_MHV.shape[2])
 
 
-def _scaled(q_MHK: Array, scale_M: Array | None) -> Array:
-    return q_MHK if scale_M is None else q_MHK * scale_M[:, None, None]
-
-
 def widened_parts(weight: Weight) -> list[slice]:
     """A matrix on disk in parts of rows that are widened at a time."""
     rows = max(1, WIDENED // weight.shape[1])
@@ -365,8 +361,9 @@ class Backend:
         Without `angles` nothing turns. Queries are multiplied with `scale_M` in the end.
         """
         how = (norms.whole, norms.turned, angles, interleaved)
-        q_MHK = _scaled(self._positioned(q_MHK, norms.q, *how), scale_M)
-        k_MGK = self._positioned(k_MGK, norms.k, *how)
+        q_MHK, k_MGK = self._positioned(q_MHK, norms.q, *how), self._positioned(k_MGK, norms.k, *how)
+        if scale_M is not None:
+            q_MHK = q_MHK * scale_M[:, None, None]
         q_MHK, k_MGK = self.mark("attention.q", q_MHK), self.mark("attention.k", k_MGK)
         return q_MHK, memory.append(k_MGK, self.mark("attention.v", self._rms(v_MGV, norms.v)), rows)
 
@@ -435,7 +432,9 @@ class Backend:
             q_MF = self.linear(h_MD, q)
         q_MHK, nope = split_heads(q_MF, head_dim), head_dim - 2 * angles.cos_MJ.shape[1]
         turned_MHJ = self.rope(q_MHK[..., nope:], angles, interleaved)
-        q_MHK = _scaled(self.xp.concatenate([q_MHK[..., :nope], turned_MHJ], axis=-1), scale_M)
+        q_MHK = self.xp.concatenate([q_MHK[..., :nope], turned_MHJ], axis=-1)
+        if scale_M is not None:
+            q_MHK = q_MHK * scale_M[:, None, None]
         latent_MGK = self.latent_project(h_MD, kv, angles, eps, interleaved=interleaved)
         q_MHK, latent_MGK = self.mark("attention.q", q_MHK), self.mark("attention.latent", latent_MGK)
         return q_MHK, memory.append(latent_MGK, None, rows)

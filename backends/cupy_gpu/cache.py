@@ -110,8 +110,8 @@ class Heads(NamedTuple):
     norm: RMS | None = None
 
 
-# Why a kernel does not store.
-NOT_TAKEN = "a cache in float64, or a step that overwrites keys which its own queries see"
+# Why kernels do not store.
+NOT_TAKEN = "kernels compute in float32, and store in caches of this backend"
 
 NO_HEADS = (None, 0, 0, 0, 0, 0, None, 0.0, 0.0)
 

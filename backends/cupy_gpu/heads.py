@@ -17,7 +17,7 @@ def not_placed(
     **turning: Any,
 ) -> str | None:  # fmt: skip
     """Why a kernel cannot bring these to the cache."""
-    if not isinstance(memory, DeviceLayerCache) or not memory.takes(rows):
+    if be.dtype == "float64" or not isinstance(memory, DeviceLayerCache):
         return NOT_TAKEN
     if norms.whole and norms.turned:
         return "one norm over all heads, after RoPE"
@@ -34,9 +34,11 @@ class Placed(Base):
         norms: HeadNorms = UNNORMED, angles: Angles | None = None, interleaved: bool = False, scale_M: Array | None = None,
     ) -> tuple[Array, Keys]:  # fmt: skip
         assert isinstance(memory, DeviceLayerCache)
+        how: dict[str, Any] = {"norms": norms, "angles": angles, "interleaved": interleaved, "scale_M": scale_M}
+        if not memory.takes(rows):
+            return super().append_heads(q_MHK, k_MGK, v_MGV, memory, rows, **how)
         keys = memory.place(rows)
         new = Heads(q_MHK, norms.q), Heads(k_MGK, norms.k), Heads(v_MGV, norms.v)
-        how: dict[str, Any] = {"norms": norms, "angles": angles, "interleaved": interleaved, "scale_M": scale_M}
         placed_MHK = place_heads(self, memory, self.plan(keys, rows), *new, **how)
         assert placed_MHK is not None
         return placed_MHK, keys

@@ -7,6 +7,7 @@ stored, `unabsorb` brings back what comes out. For other rows the keys and value
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -60,9 +61,9 @@ def not_latents(be: Products, keys: Keys, w: Linear) -> str | None:
     return unprepared(be, w)
 
 
-def not_placed(be: Products, q: Linear | LatentQ, kv: LatentKV, memory: LayerCache, rows: Rows) -> str | None:
+def not_placed(be: Products, q: Linear | LatentQ, kv: LatentKV, memory: LayerCache) -> str | None:
     """Why kernels cannot bring these latents to the cache."""
-    if not isinstance(memory, DeviceLayerCache) or not memory.takes(rows):
+    if be.dtype == "float64" or not isinstance(memory, DeviceLayerCache):
         return NOT_TAKEN
     matrices = (q.q_a_proj, q.q_b_proj) if isinstance(q, LatentQ) else (q,)
     return unprepared(be, kv.kv_a_proj_with_mqa, *matrices)
@@ -78,12 +79,15 @@ class Latents(Attention, Products):
         self._place_latents(None, down_MF, w, None, angles, eps, interleaved, None, Out(latent_MGK), {"STORED": F32})
         return latent_MGK
 
-    @accelerates(lambda self, x_MD, q, kv, memory, *args, **kwargs: not_placed(self, q, kv, memory, args[0]))
+    @accelerates(lambda self, x_MD, q, kv, memory, *args, **kwargs: not_placed(self, q, kv, memory))
     def append_latents(
         self, x_MD: Array, q: Linear | LatentQ, kv: LatentKV, memory: LayerCache, rows: Rows, angles: Angles, /,
         head_dim: int, eps: float, *, norm: Norm | None = None, interleaved: bool = True, scale_M: Array | None = None,
     ) -> tuple[Array, Keys]:  # fmt: skip
         assert isinstance(memory, DeviceLayerCache)
+        if not memory.takes(rows):
+            how: dict[str, Any] = {"norm": norm, "interleaved": interleaved, "scale_M": scale_M}
+            return super().append_latents(x_MD, q, kv, memory, rows, angles, head_dim, eps, **how)
         first = q.q_a_proj if isinstance(q, LatentQ) else q
         q_MF, down_MF = self.products(x_MD, (first, kv.kv_a_proj_with_mqa), norm)
         if isinstance(q, LatentQ):
