@@ -13,6 +13,7 @@ has come back to the host.
 
 from __future__ import annotations
 
+import gc
 import math
 import platform
 import subprocess
@@ -28,6 +29,7 @@ from bench import counting, gpu_layers
 from bench.canon import about
 from bench.numba import Figure
 from bench.processes import note
+from npllm.backends.cupy_gpu import cublaslt
 from npllm.bench import SHAPES
 from npllm.errors import NpllmError
 from npllm.handles import Handle, Stack
@@ -81,10 +83,12 @@ READ = r"""
 extern "C" __global__ void read_all(const uint4* from, long long count, unsigned* out) {
     unsigned sum = 0;
     long long step = (long long)gridDim.x * blockDim.x;
-    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i + 3 * step < count; i += 4 * step) {
+    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    for (; i + 3 * step < count; i += 4 * step) {
         uint4 a = from[i], b = from[i + step], c = from[i + 2 * step], d = from[i + 3 * step];
         sum += a.x ^ a.y ^ a.z ^ a.w ^ b.x ^ b.y ^ b.z ^ b.w ^ c.x ^ c.y ^ c.z ^ c.w ^ d.x ^ d.y ^ d.z ^ d.w;
     }
+    for (; i < count; i += step) sum += from[i].x ^ from[i].y ^ from[i].z ^ from[i].w;
     if (sum == 0x12345678u) *out = sum;
 }
 """
@@ -97,22 +101,40 @@ class Machine(NamedTuple):
     matmul: float
 
 
-def measured(cupy: Any) -> Machine:
+def measured(be: Any) -> Machine:
     """The limits of the current GPU."""
+    return Machine(read_bandwidth(be), matmul_rate(be))
+
+
+def read_bandwidth(be: Any, size: int = 1 << 32) -> float:
+    """Bytes per second of a kernel that reads so many."""
+    cupy, blocks = be.device.cupy, 8 * be.device.multiprocessors
     kernel, out = cupy.RawKernel(READ, "read_all"), cupy.zeros(1, cupy.uint32)
-    block = cupy.random.default_rng(0).integers(0, 2**31, 1 << 28, dtype=cupy.uint32)
-    memory = cupy.concatenate([block] * 4)
-    blocks = 8 * cupy.cuda.Device().attributes["MultiProcessorCount"]
+    memory = cupy.arange(size // 4, dtype=cupy.uint32)
+    memory *= cupy.uint32(2654435761)
     reading = [_elapsed(cupy, lambda: kernel((blocks,), (512,), (memory, memory.nbytes // 16, out))) for _ in range(10)]
-    bandwidth = memory.nbytes / min(reading)
+    return float(memory.nbytes) / min(reading)
+
+
+def matmul_rate(be: Any, size: int = 8192) -> float:
+    """Multiply-adds times two per second of bf16 matrices, by cuBLASLt (sums and result in float32) or by CuPy's cuBLAS
+    (result in bf16), whichever is faster. CuPy's needs CUDA's headers, which not every machine has: it may be missing."""
     import ml_dtypes
 
-    size = 8192
-    a, b = (
-        cupy.random.default_rng(i).standard_normal((size, size), dtype="float32").astype(ml_dtypes.bfloat16) for i in (1, 2)
-    )
-    multiplying = [_elapsed(cupy, lambda: a @ b) for _ in range(10)]
-    return Machine(bandwidth, 2 * size**3 / min(multiplying))
+    device, cupy, blas = be.device, be.device.cupy, be.device.blas()
+    a, b = (device.upload(gpu_layers.stored(f"side {i}", (size, size), 1.0).data) for i in (1, 2))
+    out = device.empty((size, size), "float32")
+    shape = cublaslt.Shape(size, size, size, "bf16", size, size, 256)
+    ways: dict[str, Callable[[], Any]] = {"CuPy": lambda: a.view(ml_dtypes.bfloat16) @ b.view(ml_dtypes.bfloat16).T}
+    if blas is not None and blas.plan(shape).possible:
+        ways["cuBLASLt"] = lambda: blas.multiply(shape, *map(device.address, (a, b, out)))
+    rates: list[float] = []
+    for name, multiply in ways.items():
+        try:
+            rates.append(2 * size**3 / min(_elapsed(cupy, multiply) for _ in range(10)))
+        except Exception as error:  # whatever it is that this library says of what it misses
+            note(f"bf16 products by {name}: {error}")
+    return max(rates, default=math.nan)
 
 
 def _elapsed(cupy: Any, work: Callable[[], Any]) -> float:
@@ -202,9 +224,9 @@ def peers(this: Run, llm: LLM) -> Iterator[Figure]:
     big = "8B" in llm.name
     for kind, reach in (("eager", 2.0 if big else 8.0), ("compiled", 1.2 if big else 2.0)):
         peer = TransformersGpu(llm, compiled=kind == "compiled")
-        theirs = max(peer.rate(this.new) for _ in range(this.rounds + 1))
+        theirs = max(peer.decoded(this.new)[1] for _ in range(this.rounds + 1))
+        peer.close()
         yield Figure(f"{llm.name} decode / transformers {kind}", ours / theirs, reach, shown=f"{theirs:.0f} tokens/s there")
-        del peer
 
 
 def mixture(this: Run) -> Iterator[Figure]:
@@ -234,8 +256,8 @@ def run(rounds: int = 3, only: str = "") -> dict[str, Any]:
         be: Any = get_backend("cupy", dtype="bfloat16")
     except NpllmError as error:
         raise SystemExit(f"python -m bench gpu: {error}") from None
-    machine = measured(be.device.cupy)
-    this = Run(be, machine, rounds, 128, 4096, MODELS, False)
+    note("read bandwidth, bf16 matmul")
+    this = Run(be, measured(be), rounds, 128, 4096, MODELS, False)
     figures, failures = collected(this, [word for word in only.split(",") if word])
     return written(this, figures, failures, gpu_about(be))
 
@@ -251,6 +273,7 @@ def collected(this: Run, words: list[str]) -> tuple[list[Figure], dict[str, str]
         note(name)
         try:
             for figure in work():
+                note(f"  {figure.name}: {figure.value:.3g} ({figure.shown})")
                 figures.append(figure)
         except Exception as error:  # one group that fails must not cost the others, nor the time on the machine
             failures[name] = f"{type(error).__name__}: {error}"
@@ -258,12 +281,20 @@ def collected(this: Run, words: list[str]) -> tuple[list[Figure], dict[str, str]
     for name, values in this.models.items():
         if words and not any(word in f"{name} decode prefill peers" for word in words):
             continue
-        llm = random_model(this.be, values, name)
+        note(f"{name}: weights, kernels")
+        try:
+            llm = random_model(this.be, values, name)
+            this.be.warm_up(lambda done, all: None, llm.model)
+        except Exception as error:
+            failures[name] = f"{type(error).__name__}: {error}"
+            continue
         for part in (decode, prefill, peers):
             group(f"{name} {part.__name__}", lambda part=part, llm=llm: part(this, llm))
         del llm
+        gc.collect()
         this.be.device.release()
     group("mixture", lambda: mixture(this))
+    gc.collect()
     this.be.device.release()
     group("layers", lambda: layers(this))
     return figures, failures

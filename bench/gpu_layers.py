@@ -90,7 +90,7 @@ def stored(name: str, shape: tuple[int, ...], scale: float) -> Weight:
     """A bf16 weight of random numbers."""
     count = int(np.prod(shape))
     block = np.random.default_rng(1).standard_normal(min(count, 1 << 20)).astype(np.float32) * np.float32(scale)
-    bits = round_to_bfloat16(np, np.resize(block, count))
+    bits = np.resize(round_to_bfloat16(np, block), count)
     return Weight(name, shape, "bf16", bits.reshape(shape), "a benchmark")
 
 

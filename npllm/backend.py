@@ -478,7 +478,7 @@ class Backend:
 
     def step(self, model: Model, state: State, /) -> Drawn:
         """One step of generation: a forward pass, then a token drawn for each row that wants one."""
-        logits_WN = self.to_numpy(model.run(self, state.tokens_M, state.rows, state.cache))
+        logits_WN = self.to_numpy(model.run(self, self.asarray(state.tokens_M), state.rows, state.cache))
         tokens = [sampler.draw(logits_N) for sampler, logits_N in zip(state.samplers, logits_WN, strict=True)]
         return Drawn(np.array(tokens, dtype=np.int64), logits_WN)
 

@@ -7,7 +7,8 @@ after the other, and attention reads what each row then holds. Rows come and go:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 from npllm.arrays import Array, Namespace
@@ -61,11 +62,16 @@ def capacity(length: int, max_context: int) -> int:
 
 def cache_bytes(specs: Iterable[LayerSpec], kv_dtype: str, length: int, max_context: int, rows: int = 1) -> int:
     """Bytes that a cache of so many rows of up to `length` tokens allocates."""
-    return rows * _row_bytes(specs, kv_dtype, capacity(length, max_context) if length else 0)
+    size = capacity(length, max_context) if length else 0
+    return rows * sum(spec.kept(size) * spec.bytes_per_token(kv_dtype) for spec in specs)
 
 
-def _row_bytes(specs: Iterable[LayerSpec], kv_dtype: str, size: int) -> int:
-    return sum(spec.kept(size) * spec.bytes_per_token(kv_dtype) for spec in specs)
+Ints = tuple[int, ...]
+
+
+def positions(starts: Ints, counts: Ints) -> list[int]:
+    """Of each packed token of rows that bring `counts` tokens from `starts` on."""
+    return [start + i for start, count in zip(starts, counts, strict=True) for i in range(count)]
 
 
 @dataclass(frozen=True)
@@ -184,9 +190,13 @@ class LayerCache:
     def nbytes(self) -> int:
         return sum(int(array.nbytes) for array in self.stored)
 
+    def entries(self, tokens: int) -> int:
+        """Entries that a row with room for so many tokens is given."""
+        return self.spec.kept(tokens)
+
     def resize(self, slots: int, size: int, used: int) -> None:
         """Make room for `slots` rows of `size` tokens, or of the ring, keeping the first `used` entries of each."""
-        old, self.stored = self.stored, self._empty(slots, self.spec.kept(size))
+        old, self.stored = self.stored, self._empty(slots, self.entries(size))
         for before, after in zip(old, self.stored, strict=True):
             after[: before.shape[0], :, :used] = before[:, :, :used]
         self.reached += [0] * (slots - len(self.reached))
@@ -284,13 +294,14 @@ class LayerCache:
 
     def lost(self, slot: int, length: int) -> int:
         """How many of the oldest keys that `contents` gives a step has overwritten, one that failed or was undone."""
-        return max(0, self.reached[slot] - length) if self.spec.kept(length) == self.spec.mask.span else 0
+        return max(0, self.reached[slot] - self.size - (length - self.spec.kept(length)))
 
     def restore(self, slot: int, contents: Mapping[str, Array], length: int, lost: int = 0) -> None:
         """Fill an empty row with what `contents` gave, of which the `lost` oldest keys are not to be used."""
         for stored, name in zip(self.stored, self.spec.widths, strict=True):
             self._write(stored[slot], length - self.spec.kept(length), self.xp.asarray(contents[name]))
-        self.reached[slot] = length + lost
+        oldest = length - self.spec.kept(length) + lost
+        self.reached[slot] = oldest + self.size if oldest else length
 
 
 class Cache:
@@ -382,7 +393,8 @@ class Cache:
             self._resize(len(self.lengths), capacity(length, self.max_context))
 
     def _resize(self, slots: int, size: int) -> None:
-        needed, available = slots * _row_bytes(self.specs, self.kv_dtype, size), self.available()
+        row = sum(layer.entries(size) * layer.spec.bytes_per_token(self.kv_dtype) for layer in self.layers)
+        needed, available = slots * row, self.available()
         if needed > self.nbytes + available:
             raise MemoryLimitError(
                 f"the key/value cache of {slots} rows of {size} tokens needs {gibibytes(needed)}, "
@@ -406,12 +418,16 @@ class Cache:
             if not all(layer.reached[slot] <= start or layer.holds(slot, start) for layer in self.layers):
                 raise ArgumentError(f"a step that failed has cost slot {slot} keys that it needs: truncate it to 0")
         self.reserve(max((start + count for start, count in zip(starts, counts, strict=True)), default=0))
-        positions = [start + i for start, count in zip(starts, counts, strict=True) for i in range(count)]
-        rows = Rows(tuple(slots), starts, tuple(counts), self.xp.asarray(positions, dtype="int64"))
-        if last is None:
-            return rows
-        ends = [end - 1 for (_, _, begin, end), wanted in zip(rows, last, strict=True) if wanted and end > begin]
-        return replace(rows, wanted_W=self.xp.asarray(ends, dtype="int64"))
+        ends = None
+        if last is not None:
+            drawing = zip(accumulate(counts), counts, last, strict=True)
+            ends = [end - 1 for end, count, wanted in drawing if wanted and count]
+        return self._rows(tuple(slots), starts, tuple(counts), ends)
+
+    def _rows(self, slots: Ints, starts: Ints, counts: Ints, ends: Sequence[int] | None) -> Rows:
+        """The plan with its arrays; `ends` are the wanted among the packed tokens."""
+        positions_M, wanted_W = positions(starts, counts), ends if ends is None else self.xp.asarray(ends, dtype="int64")
+        return Rows(slots, starts, counts, self.xp.asarray(positions_M, dtype="int64"), wanted_W)
 
     def advance(self, rows: Rows) -> None:
         """The step is done: its tokens now belong to the rows. Until then a failed step leaves full caches as they were."""

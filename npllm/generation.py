@@ -28,10 +28,11 @@ PREFILL = 512
 
 
 class State(NamedTuple):
-    """What one step works on: packed new tokens, the plan of their rows, the cache, and who draws.
+    """What one step works on: packed new tokens (NumPy, int64), the plan of their rows, the cache, and who draws.
 
     `samplers` holds one Sampler for each row whose last token's logits are wanted (W of them), in the order of the rows.
-    `logprobs` says whether a row asked for log-probabilities, so that the logits have to come back.
+    `logprobs` says whether a row asked for log-probabilities, so that the logits have to come back; `ends`, whether a row is
+    known to end with this step, so that the next one will be of others.
     """
 
     tokens_M: Array
@@ -39,6 +40,7 @@ class State(NamedTuple):
     cache: Cache
     samplers: tuple[Sampler, ...]
     logprobs: bool
+    ends: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,18 +167,22 @@ class Row:
 
     def accept(self, token: int, logits_N: Array | None) -> Piece:
         """Take the token just drawn; -> its piece of text, with the reason if the row ends here."""
+        last = self.is_last
         self.tokens.append(token)
         self.pending = [token]
         logprob = self._logprob(token, logits_N)
         if token in self.limits.stop_ids:
             self.finish_reason, self.stop = "stop", token
-        elif len(self.tokens) >= self.limits.max_tokens or self._full():
+        elif last:
             self.finish_reason = "length"
         text = self._text(token)
         return Piece(text, token, logprob, self.finish_reason)
 
-    def _full(self) -> bool:
-        return len(self.prompt) + len(self.tokens) >= self.limits.max_context
+    @property
+    def is_last(self) -> bool:
+        """Whether the next token is the last one in any case: by number, or since the context is then full."""
+        tokens = len(self.tokens) + 1
+        return tokens >= self.limits.max_tokens or len(self.prompt) + tokens >= self.limits.max_context
 
     def _text(self, token: int) -> str:
         if self.text is None:
@@ -277,10 +283,11 @@ class Batch:
         tokens = [token for row, size in taken for token in row.pending[:size]]
         wanted = {id(row) for row in drawing}
         plan = self.cache.plan([row.slot for row in rows], counts, [id(row) in wanted for row in rows])
-        tokens_M = self.backend.asarray(tokens, dtype="int64")
+        tokens_M = np.array(tokens, dtype=np.int64)
         samplers = tuple(row.sampler for row in drawing)
         logprobs = any(row.limits.logprobs is not None for row in drawing)
-        drawn = self.backend.step(self.model, State(tokens_M, plan, self.cache, samplers, logprobs))
+        ends = any(row.is_last for row in drawing)
+        drawn = self.backend.step(self.model, State(tokens_M, plan, self.cache, samplers, logprobs, ends))
         prefilling = any(not row.tokens for row in rows)
         for row, size in taken:
             row.pending = row.pending[size:]
@@ -288,7 +295,8 @@ class Batch:
         pieces = [
             row.accept(int(token), logits) for row, token, logits in zip(drawing, drawn.tokens_W, logits_WN, strict=True)
         ]
-        self._count(time.perf_counter() - start, len(tokens), len(pieces), prefilling)
+        # A device may have worked on the step while the pieces before it were read.
+        self._count(max(time.perf_counter() - start, drawn.seconds), len(tokens), len(pieces), prefilling)
         return pieces
 
     def _count(self, seconds: float, tokens: int, drawn: int, prefilling: bool) -> None:

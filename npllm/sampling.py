@@ -7,6 +7,7 @@ min-p on what is left. Everything here works on one row's logits on the host, in
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -37,11 +38,13 @@ class Alternative(NamedTuple):
 class Drawn(NamedTuple):
     """The tokens of a step, int64 [W], and the logits they were drawn from, NumPy [W, N].
 
-    A backend that draws on its device may leave the logits out where no row asked for log-probabilities.
+    A backend that draws on its device may leave the logits out where no row asked for log-probabilities. `seconds`: what a
+    device spent on the step, where that may be more than the caller waited for.
     """
 
     tokens_W: Array
     logits_WN: Array | None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ class Sampler:
         if beyond:
             raise ArgumentError(f"logit_bias: token id {beyond[0]} is beyond the vocabulary of {vocabulary}")
         self.random = np.random.default_rng([sampling.seed, stream])
+        self._foreseen: deque[float] = deque()
         self.seen = set(prompt)
         self.counts: dict[int, int] = {}
 
@@ -131,7 +135,18 @@ class Sampler:
 
     def chance(self) -> float:
         """What decides the next draw, in [0, 1): the row's next random number, or 0 where nothing is left to chance."""
-        return 0.0 if self.sampling.temperature == 0.0 else float(self.random.random())
+        chance = self.foreseen(0)
+        if self._foreseen:
+            self._foreseen.popleft()
+        return chance
+
+    def foreseen(self, draws: int) -> float:
+        """What `chance` will be after so many more draws; asking spends nothing."""
+        if self.sampling.temperature == 0.0:
+            return 0.0
+        while len(self._foreseen) <= draws:
+            self._foreseen.append(float(self.random.random()))
+        return self._foreseen[draws]
 
     @property
     def adjusts(self) -> bool:

@@ -102,10 +102,11 @@ def checked(function: Callable[..., Any], canon: Callable[..., Any] | None = Non
 
 def block_functions() -> dict[str, Callable[..., Any]]:
     """Every function that a module of npllm.blocks defines, by its full name."""
+    # By the modules' own names: CuPy puts an object among them that has none.
     return {
         f"{module.__name__}.{name}": value
         for module in list(sys.modules.values())
-        if module is not None and module.__name__.startswith(blocks.__name__ + ".")
+        if getattr(module, "__name__", "").startswith(blocks.__name__ + ".")
         for name, value in vars(module).items()
         if isinstance(value, FunctionType) and value.__module__ == module.__name__
     }

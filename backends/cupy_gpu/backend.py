@@ -13,10 +13,11 @@ from npllm.backends.cupy_gpu.products import Products
 from npllm.backends.cupy_gpu.rope import Ropes
 from npllm.backends.cupy_gpu.rounding import Declared
 from npllm.backends.cupy_gpu.route import Routers
+from npllm.backends.cupy_gpu.service import Service
 from npllm.backends.cupy_gpu.steps import Steps
 
 
 class CupyBackend(
-    Latents, Attention, FeedForward, Norms, Ropes, Placed, Embeddings, Mixtures, Routers, Declared, Steps, Products
-):
+    Latents, Attention, FeedForward, Norms, Ropes, Placed, Embeddings, Mixtures, Routers, Declared, Steps, Service, Products
+):  # fmt: skip
     """Models on an NVIDIA GPU: kernels of our own, decode steps as one graph."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -64,6 +65,7 @@ class Base(Backend):
         self.device = self.open_device()
         # The last one is used; graphs may know the others by their addresses.
         self._tickets: list[Array] = []
+        self.looks_ahead = os.environ.get("NPLLM_LOOKAHEAD") != "0"
         self.xp = self.device.xp  # type: ignore[misc]  # a class cannot know it: CuPy is imported with the first GPU
 
     @classmethod

@@ -1,7 +1,12 @@
-"""Key/value caches whose new entries a kernel stores, at places that it reads from a plan: so a graph can store them too."""
+"""Key/value caches whose new entries a kernel stores, at places that it reads from a plan: so a graph can store them too.
+
+A step ahead of its time (lookahead.py) stores keys of a row's next position. In a ring they would overwrite the oldest key,
+which the row still needs if it is cut back by one token: so rings have an entry more than their mask can reach.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,10 +18,41 @@ from npllm.backends.cupy_gpu.attention import BF16, F32
 from npllm.backends.cupy_gpu.base import Base, groups
 from npllm.backends.cupy_gpu.device import Argument, InOut, Out
 from npllm.blocks.rope import Angles
-from npllm.cache import Cache, Keys, LayerCache, LayerSpec, Rows
+from npllm.cache import Cache, Ints, Keys, LayerCache, LayerSpec, Rows, positions
 
 if TYPE_CHECKING:
+    from npllm.backends.cupy_gpu.lookahead import Ahead
     from npllm.backends.cupy_gpu.steps import Step
+
+
+class DeviceRows(Rows):
+    """The plan of a step whose arrays go to the device when somebody asks for them: a captured step never does.
+
+    `ends`: as the wanted_W. `ahead`: the step that was launched before it was asked for, if this is to be it.
+    """
+
+    def __init__(
+        self, be: Base, slots: Ints, starts: Ints, counts: Ints, ends: Sequence[int] | None, ahead: Ahead | None
+    ) -> None:
+        # Not by assignment, which a frozen class refuses.
+        self.__dict__.update(be=be, slots=slots, starts=starts, counts=counts, ends=ends, ahead=ahead)
+
+    be: Base
+    ends: Sequence[int] | None
+    ahead: Ahead | None
+
+    def moved(self, tokens: int) -> DeviceRows:
+        """The same rows, so many tokens further."""
+        starts = tuple(start + tokens for start in self.starts)
+        return DeviceRows(self.be, self.slots, starts, self.counts, self.ends, None)
+
+    @functools.cached_property
+    def positions_M(self) -> Array:  # noqa: N802
+        return self.be.asarray(positions(self.starts, self.counts), dtype="int64")
+
+    @functools.cached_property
+    def wanted_W(self) -> Array | None:  # noqa: N802
+        return None if self.ends is None else self.be.asarray(self.ends, dtype="int64")
 
 
 class DeviceLayerCache(LayerCache):
@@ -46,6 +82,10 @@ class DeviceLayerCache(LayerCache):
         else:
             step.appended(keys, self)
         return keys
+
+    def entries(self, tokens: int) -> int:
+        kept = super().entries(tokens)
+        return kept + 1 if kept < tokens and self.be.looks_ahead else kept
 
     @property
     def defines(self) -> dict[str, int]:
@@ -117,6 +157,17 @@ class DeviceCache(Cache):
         self.be = be
         super().__init__(*args)
         self.steps: dict[Any, Step] = {}
+        # Nothing but the next plan may make use of it, and that only while rows stay as they are.
+        self.ahead: Ahead | None = None
 
     def _layer(self, spec: LayerSpec) -> DeviceLayerCache:
         return DeviceLayerCache(self.be, self.xp, spec, self.kv_dtype, self.compute_dtype)
+
+    def _rows(self, slots: Ints, starts: Ints, counts: Ints, ends: Sequence[int] | None) -> DeviceRows:
+        ahead, self.ahead = self.ahead, None
+        return DeviceRows(self.be, slots, starts, counts, ends, ahead)
+
+    def truncate(self, slot: int, length: int) -> int:
+        # Also where a slot is freed: without a plan between, it may be filled by `fork` or `restore` next.
+        self.ahead = None
+        return super().truncate(slot, length)

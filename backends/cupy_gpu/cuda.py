@@ -11,9 +11,11 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ import numpy as np
 from npllm.arrays import Array, DTypeLike
 from npllm.backend import log_once
 from npllm.backends.cupy_gpu import cublaslt
-from npllm.backends.cupy_gpu.device import Argument, CannotCaptureError, Device, Grid, Kernel, Memory, Packed
+from npllm.backends.cupy_gpu.device import Argument, CannotCaptureError, Device, Graph, Grid, Kernel, Memory, Packed
 from npllm.backends.cupy_gpu.sources import source
 from npllm.errors import BackendError, MemoryLimitError
 from npllm.machine import cache_root, gibibytes
@@ -29,10 +31,16 @@ from npllm.machine import cache_root, gibibytes
 # The least compute capability: cp.async and bf16 products.
 LEAST_ARCHITECTURE = 80
 
-# Bytes of pinned memory that a copy to the GPU goes through at a time; there are two such pieces.
-STAGING = 32 << 20
+# Pieces of pinned memory that copies to the GPU go through, and bytes of each: of weights, and of what a step is told. The
+# small ones are many, so that the host finds one free whatever steps are under way.
+LARGE = 2, 32 << 20
+SMALL = 8, 1 << 16
 
-# cuda.h: CUlaunchAttributeID, and what a function may be told.
+# Bytes of pinned memory for what a step gives, at least.
+LANDING = 4096
+
+# cuda.h: an error, CUlaunchAttributeID, and what a function may be told.
+OUT_OF_MEMORY = 2
 PROGRAMMATIC_STREAM_SERIALIZATION = 6
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 
@@ -143,16 +151,12 @@ def cubin(file: str, architecture: int, defines: tuple[tuple[str, int], ...], co
 
     A file of the cache begins with a digest of what follows: one that is damaged counts as missing.
     """
-    text, root = source(file), cache_root()
-    key = _digest(f"{text}\0{architecture}\0{defines}\0{compiler}".encode()).hex()
-    if root is None:
-        return compile_cubin(text, file, architecture, defines)
-    path = root / "cuda" / f"{file.removesuffix('.cu')}-{key}.cubin"
-    with contextlib.suppress(OSError):
-        stored = path.read_bytes()
-        if _digest(stored[DIGEST_BYTES:]) == stored[:DIGEST_BYTES]:
-            return stored[DIGEST_BYTES:]
-    made = compile_cubin(text, file, architecture, defines)
+    path = cubin_path(file, architecture, defines, compiler)
+    if (stored := read_cubin(path)) is not None:
+        return stored
+    made = compile_cubin(source(file), file, architecture, defines)
+    if path is None:
+        return made
     # A folder that cannot be written costs time, nothing else.
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,6 +164,38 @@ def cubin(file: str, architecture: int, defines: tuple[tuple[str, int], ...], co
         partial.write_bytes(_digest(made) + made)
         partial.replace(path)
     return made
+
+
+def cubin_folder() -> Path | None:
+    """Where compiled files are kept."""
+    root = cache_root()
+    return None if root is None else root / "cuda"
+
+
+def cubin_path(file: str, architecture: int, defines: tuple[tuple[str, int], ...], compiler: str) -> Path | None:
+    folder = cubin_folder()
+    key = _digest(f"{source(file)}\0{architecture}\0{defines}\0{compiler}".encode()).hex()
+    return None if folder is None else folder / f"{file.removesuffix('.cu')}-{key}.cubin"
+
+
+def read_cubin(path: Path | None) -> bytes | None:
+    if path is not None:
+        with contextlib.suppress(OSError):
+            stored = path.read_bytes()
+            if _digest(stored[DIGEST_BYTES:]) == stored[:DIGEST_BYTES]:
+                return stored[DIGEST_BYTES:]
+    return None
+
+
+def kept_cubins() -> dict[str, Any]:
+    """Folder, bytes and number of the files that are kept, whatever they were compiled for."""
+    folder = cubin_folder()
+    files = [] if folder is None else sorted(folder.glob("*.cubin"))
+    return {
+        "folder": None if folder is None else str(folder),
+        "bytes": sum(file.stat().st_size for file in files),
+        "compiled": len(files),
+    }
 
 
 def _digest(data: bytes) -> bytes:
@@ -174,6 +210,65 @@ class CudaGraph:
 
     def launch(self) -> None:
         self.graph.launch()
+
+
+class Landing:
+    """Pinned memory that a result comes back to, and the events of when its launch began and when it had come."""
+
+    def __init__(self, cupy: Any, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.memory: Any = cupy.cuda.alloc_pinned_memory(nbytes)
+        self.began, self.came = cupy.cuda.Event(), cupy.cuda.Event()
+
+
+class CudaTurn:
+    """A graph's launch, with a landing of its own until it has been waited for or nobody knows it any more.
+
+    A landing is used again only when its copy has come, so that no copy on its way meets another's.
+    """
+
+    def __init__(self, cupy: Any, landings: list[Landing], graph: Graph, results: Sequence[Any]) -> None:
+        self.cupy, self.landings = cupy, landings
+        self.landing = self._free(sum(each.nbytes for each in results))
+        runtime, stream = cupy.cuda.runtime, cupy.cuda.get_current_stream()
+        self.landing.began.record(stream)
+        graph.launch()
+        self.places: list[tuple[int, np.dtype[Any], tuple[int, ...]]] = []
+        offset = 0
+        for each in results:
+            to = int(self.landing.memory.ptr) + offset
+            runtime.memcpyAsync(to, each.data.ptr, each.nbytes, runtime.memcpyDeviceToHost, stream.ptr)
+            self.places.append((offset, np.dtype(each.dtype), each.shape))
+            offset += each.nbytes
+        self.landing.came.record(stream)
+
+    def _free(self, nbytes: int) -> Landing:
+        for each in tuple(self.landings):
+            if each.nbytes >= nbytes and each.came.done:
+                # Another thread may have been faster. No lock: what gives a landing back may run at any time.
+                with contextlib.suppress(ValueError):
+                    self.landings.remove(each)
+                    return each
+        return Landing(self.cupy, max(LANDING, nbytes))
+
+    def wait(self) -> tuple[list[Array], float]:
+        landing = self.landing
+        landing.came.synchronize()
+        copies = [
+            np.frombuffer(landing.memory, dtype, math.prod(shape), offset).reshape(shape).copy()
+            for offset, dtype, shape in self.places
+        ]
+        seconds = self.cupy.cuda.get_elapsed_time(landing.began, landing.came) / 1e3
+        self._give_back()
+        return copies, float(seconds)
+
+    def _give_back(self) -> None:
+        self.landings.append(self.landing)
+        del self.landing
+
+    def __del__(self) -> None:
+        if hasattr(self, "landing"):
+            self._give_back()
 
 
 class Cuda(Device):
@@ -192,7 +287,8 @@ class Cuda(Device):
         self.dependent = self.architecture >= 90 and os.environ.get("NPLLM_PDL") != "0"
         self.capturing = False
         self._driver = driver_library()
-        self._staging = Staging(self.cupy)
+        self._staging, self._small = Staging(self.cupy, *LARGE), Staging(self.cupy, *SMALL)
+        self._landings: list[Landing] = []
         self._kernels: dict[tuple[Any, ...], Kernel] = {}
         # Bytes of dynamic shared memory that functions were told of, by their handles.
         self._asked: dict[int, int] = {}
@@ -218,7 +314,11 @@ class Cuda(Device):
 
     def write(self, array: Array, values: Array) -> None:
         self._not_while_capturing()
-        self._staging.copy(array, np.ascontiguousarray(values))
+        staging = self._small if values.nbytes <= self._small.size else self._staging
+        staging.copy(array, np.ascontiguousarray(values))
+
+    def turn(self, graph: Graph, results: Sequence[Array]) -> CudaTurn:
+        return CudaTurn(self.cupy, self._landings, graph, results)
 
     def download(self, array: Array) -> Array:
         return self.cupy.asnumpy(array)
@@ -244,6 +344,15 @@ class Cuda(Device):
             self._kernels[key] = Kernel(file, name, macros, module.get_function(name))
         return self._kernels[key]
 
+    def is_kept(self, file: str, macros: tuple[tuple[str, int], ...]) -> bool:
+        return read_cubin(cubin_path(file, self.architecture, macros, self.compiler)) is not None
+
+    def compile(self, file: str, macros: tuple[tuple[str, int], ...]) -> None:
+        cubin(file, self.architecture, macros, self.compiler)
+
+    def kept(self) -> dict[str, Any]:
+        return kept_cubins()
+
     def launch(self, kernel: Kernel, grid: Grid, block: int, args: Iterable[Argument], shared: int = 0) -> None:
         packed, function = Packed(args, self.address), ctypes.c_void_p(kernel.handle.ptr)
         # More than 48 KiB, its own arrays included, a function gets only where it was told so before.
@@ -258,6 +367,8 @@ class Cuda(Device):
         self._check(self._driver.cuLaunchKernelEx(ctypes.byref(configuration), function, packed.pointers, None), kernel)
 
     def _check(self, status: int, kernel: Kernel | None = None) -> None:
+        if status == OUT_OF_MEMORY:
+            raise memory_full(self)
         if status:
             name = ctypes.c_char_p()
             self._driver.cuGetErrorName(status, ctypes.byref(name))
@@ -322,7 +433,7 @@ class Cuda(Device):
 
 
 class MemoryErrors(contextlib.AbstractContextManager[None]):
-    """Turns CuPy's errors of memory into MemoryLimitError, and gives back what no array uses."""
+    """Turns errors of memory, CuPy's or the runtime's, into MemoryLimitError, and gives back what no array uses."""
 
     def __init__(self, device: Cuda) -> None:
         self.device = device
@@ -331,21 +442,27 @@ class MemoryErrors(contextlib.AbstractContextManager[None]):
         pass
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is None or not issubclass(kind, self.device.cupy.cuda.memory.OutOfMemoryError):
-            return
-        self.device.release()
-        free = self.device.memory().free
-        raise MemoryLimitError(
-            f"the GPU's memory is full ({gibibytes(free)} is free): lower max_context or the batch, "
-            "use kv_dtype='bfloat16', or a smaller model"
-        ) from None
+        cuda = self.device.cupy.cuda
+        # A graph's launch, or pinned memory, is no business of CuPy's pool.
+        full = isinstance(error, cuda.runtime.CUDARuntimeError) and "cudaErrorMemoryAllocation" in str(error)
+        if full or isinstance(error, cuda.memory.OutOfMemoryError):
+            raise memory_full(self.device) from None
+
+
+def memory_full(device: Cuda) -> MemoryLimitError:
+    """What is said where the GPU's memory has run out, once what no array uses is given back."""
+    device.release()
+    return MemoryLimitError(
+        f"the GPU's memory is full ({gibibytes(device.memory().free)} is free): lower max_context or the batch, "
+        "use kv_dtype='bfloat16', or a smaller model"
+    )
 
 
 class Staging:
-    """Copies to the GPU through two pieces of pinned memory: one is filled while the other travels."""
+    """Copies to the GPU through a few pieces of pinned memory: one is filled while others travel."""
 
-    def __init__(self, cupy: Any) -> None:
-        self.cupy = cupy
+    def __init__(self, cupy: Any, count: int, size: int) -> None:
+        self.cupy, self.count, self.size = cupy, count, size
         self.pieces: list[tuple[Any, Any]] = []
         self.turn = 0
         self.lock = threading.Lock()
@@ -355,9 +472,9 @@ class Staging:
         flat = values.reshape(-1).view(np.uint8) if values.size else np.empty(0, np.uint8)
         runtime, stream = self.cupy.cuda.runtime, self.cupy.cuda.get_current_stream()
         with self.lock:
-            for begin in range(0, flat.size, STAGING):
+            for begin in range(0, flat.size, self.size):
                 memory, event = self._piece()
-                part = flat[begin : begin + STAGING]
+                part = flat[begin : begin + self.size]
                 event.synchronize()
                 pointer = int(memory.ptr)
                 np.frombuffer(memory, np.uint8, part.size)[:] = part
@@ -365,10 +482,10 @@ class Staging:
                 event.record(stream)
 
     def _piece(self) -> tuple[Any, Any]:
-        while len(self.pieces) < 2:
-            memory: Any = self.cupy.cuda.alloc_pinned_memory(STAGING)
+        while len(self.pieces) < self.count:
+            memory: Any = self.cupy.cuda.alloc_pinned_memory(self.size)
             self.pieces.append((memory, self.cupy.cuda.Event(block=False, disable_timing=True)))
-        self.turn = 1 - self.turn
+        self.turn = (self.turn + 1) % self.count
         return self.pieces[self.turn]
 
 

@@ -72,6 +72,16 @@ class Graph(Protocol):
         """Run all of them, in the order of the device's stream; what they read and write lies where it lay."""
 
 
+class Turn(Protocol):
+    """A graph's launch under way. One that nobody waits for runs to its end and does no harm."""
+
+    def wait(self) -> tuple[list[Array], float]:
+        """The results' copies, and the seconds that the device took; called once.
+
+        Waits for this launch and what came before it, for nothing that was launched since.
+        """
+
+
 class CannotCaptureError(BackendError):
     """A function does what no graph can hold."""
 
@@ -81,6 +91,7 @@ class Device(Protocol):
 
     xp: Namespace
     name: str
+    compiler: str
     architecture: int
     multiprocessors: int
     shared_limit: int
@@ -95,7 +106,10 @@ class Device(Protocol):
         """A device array's copy as a NumPy array: waits for what is to write it."""
 
     def write(self, array: Array, values: Array) -> None:
-        """Put a small NumPy array into a device array of its shape and type, in stream order, without waiting."""
+        """Put a NumPy array into a device array of its shape and type, in stream order; a small one without waiting."""
+
+    def turn(self, graph: Graph, results: Sequence[Array]) -> Turn:
+        """Launch a graph and have contiguous arrays, as it leaves them, copied to the host, without waiting."""
 
     def mapped(self, array: Array) -> Array:
         """A NumPy array's copy in pinned memory of the host, as an array that kernels can read."""
@@ -105,6 +119,15 @@ class Device(Protocol):
 
     def kernel(self, file: str, name: str, defines: Mapping[str, int]) -> Kernel:
         """The function `name` of a file in kernels/, compiled with the given macros."""
+
+    def is_kept(self, file: str, macros: tuple[tuple[str, int], ...]) -> bool:
+        """Whether a file's kernels have been compiled with these macros, and the code is kept."""
+
+    def compile(self, file: str, macros: tuple[tuple[str, int], ...]) -> None:
+        """Compile and keep them, in any thread; BackendError."""
+
+    def kept(self) -> dict[str, Any]:
+        """The folder of compiled code (None: none can be kept), its bytes, and how many variants of files there are."""
 
     def launch(self, kernel: Kernel, grid: Grid, block: int, args: Iterable[Argument], shared: int = 0) -> None:
         """Run a kernel after all that was launched before."""

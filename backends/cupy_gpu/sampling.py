@@ -1,8 +1,8 @@
 """Drawing tokens on the device (sample.cu), by the rules of npllm.sampling and with its random numbers.
 
-A row's random number does not depend on its logits, so the host draws it before the step, and no logits have to come back.
-Penalties, biases and log-probabilities are computed on the host, where a row's history and what is shown of it are: a step
-in which a row asks for them hands all logits back.
+A row's random number does not depend on its logits, so the host draws it before the step. No logits have to come back, but
+where a row asks for log-probabilities, which the host computes of them. Penalties and biases are the host's matter, where a
+row's history is: it then draws, too.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ MOST_LOGITS = 1 << 19
 THREADS, PARTS, PART_THREADS = 512, 64, 256
 
 
-def settings_of(samplers: Sequence[Sampler]) -> Array:
-    """What the kernel draws by, float64 [W, SETTINGS]; each row's next random number is spent."""
-    rows = [_numbers(each) for each in samplers]
+def settings_of(samplers: Sequence[Sampler], draws: int = 0) -> Array:
+    """What the kernel draws by after so many more draws, float64 [W, SETTINGS]; no random number is spent."""
+    rows = [_numbers(each, draws) for each in samplers]
     return np.array(rows, np.float64).reshape(len(rows), SETTINGS)
 
 
-def _numbers(sampler: Sampler) -> tuple[float, ...]:
+def _numbers(sampler: Sampler, draws: int) -> tuple[float, ...]:
     s = sampler.sampling
     sharpness = 0.0 if s.temperature == 0.0 else 1.0 / s.temperature if s.temperature > 1.0 / SHARPEST else SHARPEST
     log_min_p = math.log(s.min_p) if s.min_p > 0.0 else -math.inf
-    return sharpness, float(min(s.top_k, MOST_LOGITS)), s.top_p, log_min_p, sampler.chance()
+    return sharpness, float(min(s.top_k, MOST_LOGITS)), s.top_p, log_min_p, sampler.foreseen(draws)
 
 
 class Draws(Base):
@@ -52,7 +52,7 @@ class Draws(Base):
 
     def settings(self, state: State, vocabulary: int) -> Array | None:
         """What the step's tokens are drawn by on the device; None where the host has to draw them."""
-        if state.logprobs or self.dtype == "float64" or vocabulary >= MOST_LOGITS:
+        if self.dtype == "float64" or vocabulary >= MOST_LOGITS:
             return None
         return None if any(sampler.adjusts for sampler in state.samplers) else settings_of(state.samplers)
 
@@ -66,11 +66,12 @@ class Draws(Base):
             args = (logits_WN, tops, parts, settings_WS, Out(tokens_W))
             self.launch("sample.cu", "sample", {"N": N}, (W, 1, 1), THREADS, args)
 
-    def taken(self, tokens_W: Array, samplers: Sequence[Sampler]) -> Drawn:
-        """Tokens that the device has drawn, which their rows remember; NumericsError."""
-        tokens = self.to_numpy(tokens_W)[: len(samplers)]
-        if (tokens < 0).any():
+    def taken(self, tokens_W: Array, logits_WN: Array | None, samplers: Sequence[Sampler], seconds: float = 0.0) -> Drawn:
+        """Tokens that the device has drawn, which their rows remember, as their chance is spent; NumericsError."""
+        tokens_W = tokens_W[: len(samplers)]
+        if (tokens_W < 0).any():
             raise not_finite()
-        for sampler, token in zip(samplers, tokens.tolist(), strict=True):
+        for sampler, token in zip(samplers, tokens_W.tolist(), strict=True):
+            sampler.chance()
             sampler.take(token)
-        return Drawn(tokens, None)
+        return Drawn(tokens_W, logits_WN, seconds)

@@ -1,25 +1,28 @@
-"""`step`: a decode step is one CUDA graph.
+"""`step`: a decode step is one CUDA graph, and the next one is launched before its tokens are read.
 
 A step that brings each row one token runs twice as any other does. Then it is captured, with room for the next power of two
 of rows, and compared once with the step that ran. From there on a token costs the host one small copy and one launch: what
-differs from step to step (tokens, positions, where keys lie and which are seen) is in one buffer that all kernels read.
+differs from step to step (tokens, positions, where keys lie and which are seen) is in one buffer that all kernels read. The
+tokens that a step draws take the place there of those that it was given: lookahead.py says what for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from npllm.arrays import Array, DTypeLike
+from npllm.arrays import Array
 from npllm.backend import log_once
 from npllm.backends.cupy_gpu.base import PLAN, planned
-from npllm.backends.cupy_gpu.cache import DeviceCache, DeviceLayerCache
-from npllm.backends.cupy_gpu.device import CannotCaptureError, Device, Graph
-from npllm.backends.cupy_gpu.sampling import SETTINGS, Draws
+from npllm.backends.cupy_gpu.cache import DeviceCache, DeviceLayerCache, DeviceRows
+from npllm.backends.cupy_gpu.device import CannotCaptureError, Device, Graph, Turn
+from npllm.backends.cupy_gpu.lookahead import Ahead
+from npllm.backends.cupy_gpu.sampling import SETTINGS, Draws, settings_of
 from npllm.cache import Cache, Keys, LayerSpec, Rows
+from npllm.errors import MemoryLimitError
 from npllm.sampling import Drawn
 
 if TYPE_CHECKING:
@@ -45,12 +48,12 @@ class Step:
         self.storage = [layer.stored for layer in cache.layers]
         self.kinds = list({(layer.spec.mask, layer.size): layer for layer in cache.layers}.items())
         self.buffer = device.empty((room * (2 + SETTINGS + len(self.kinds) * PLAN),), "int64")
-        self.drawn_W = device.empty((room,), "int64")
         self.layers: dict[int, DeviceLayerCache] = {}
         self.kept: list[Keys] = []
         self.graph: Graph | None = None
         self.logits_WN: Array | None = None
         self.runs, self.problem = 0, ""
+        self.looks_ahead = cache.be.looks_ahead
 
     def current(self) -> bool:
         """Whether the cache's memory is where it was."""
@@ -58,6 +61,7 @@ class Step:
 
     @property
     def tokens_M(self) -> Array:  # noqa: N802
+        """The step's tokens, and once it is done, those that it drew."""
         return self.buffer[: self.room]
 
     @property
@@ -76,10 +80,12 @@ class Step:
             rows.slots + (NOBODY,) * idle, rows.starts + (0,) * idle, (1,) * self.room, self.positions_M, None, self
         )
 
-    def fill(self, tokens: Sequence[int], rows: Rows, settings_WS: Array | None) -> None:
-        """Put what differs from step to step into the buffer."""
+    def fill(self, tokens: Sequence[int] | None, rows: Rows, settings_WS: Array | None) -> None:
+        """Put what differs from step to step into the buffer. Without tokens, those stay that the step before drew."""
+        for layer in self.cache.layers:
+            layer.reach(rows)
         values = np.zeros(len(self.buffer), np.int64)
-        values[: len(tokens)] = tokens
+        values[: len(tokens or ())] = tokens or ()
         values[self.room : self.room + len(rows.starts)] = rows.starts
         wide = self.rows(rows)
         for number, (_, layer) in enumerate(self.kinds):
@@ -88,7 +94,8 @@ class Step:
         if settings_WS is not None:
             begin = len(values) - SETTINGS * self.room
             values[begin : begin + settings_WS.size] = settings_WS.reshape(-1).view(np.int64)
-        self.device.write(self.buffer, values)
+        known = self.room if tokens is None else 0
+        self.device.write(self.buffer[known:], values[known:])
 
     def appended(self, keys: Keys, layer: DeviceLayerCache) -> None:
         """`keys` are what this layer's `append` gave."""
@@ -108,25 +115,11 @@ class Step:
 class Steps(Draws):
     """Caches and steps."""
 
-    # The list that went to the device last, and its array there.
-    _uploaded: tuple[Any, list[int]] = (None, [])
-
     def new_cache(self, specs: Sequence[LayerSpec], max_context: int, kv_dtype: str | None = None) -> Cache:
         """Keys and values are kept in bfloat16 unless the arithmetic is float32 or wider, or `kv_dtype` says otherwise."""
         if kv_dtype is None and self.dtype in ("stored", "bfloat16"):
             kv_dtype = "bfloat16"
         return DeviceCache(self, self.xp, specs, self.array_dtype, max_context, kv_dtype, self.available_memory)
-
-    def asarray(self, x: Any, dtype: DTypeLike | None = None) -> Array:
-        array = super().asarray(x, dtype)
-        if isinstance(x, list):
-            self._uploaded = array, x
-        return array
-
-    def _on_host(self, tokens_M: Array) -> list[int]:
-        """A step's tokens; those that were a list a moment ago need not come back for it."""
-        array, given = self._uploaded
-        return given if array is tokens_M else self.to_numpy(tokens_M).tolist()
 
     def plan(self, keys: Keys, rows: Rows) -> Array:
         if isinstance(rows, StepRows) and rows.step is not None:
@@ -135,29 +128,42 @@ class Steps(Draws):
 
     def step(self, model: Model, state: State, /) -> Drawn:
         settings_WS = self.settings(state, model.config.vocab_size)
-        step = self._decoded(model, state, settings_WS)
+        step = self._step_of(model, state)
         if step is None:
-            return self.drawn(model.run(self, state.tokens_M, state.rows, state.cache), state, settings_WS)
-        if settings_WS is not None:
-            return self.taken(step.drawn_W, state.samplers)
+            logits_WN = model.run(self, self.asarray(state.tokens_M), state.rows, state.cache)
+            return self.drawn(logits_WN, state, settings_WS)
+        if step.graph is not None and settings_WS is not None:
+            return self._with_the_next(step, state, settings_WS)
+        with self.limited(len(state.rows.slots), model.parameters):
+            step.fill(state.tokens_M.tolist(), state.rows, settings_WS)
+            if step.graph is None:
+                tokens_W = self._first(step, state, settings_WS)
+            else:
+                step.graph.launch()
+        state.cache.advance(state.rows)
         assert step.logits_WN is not None
-        return self.drawn(step.logits_WN[: len(state.samplers)], state, None)
+        logits_WN = step.logits_WN[: len(state.samplers)]
+        if settings_WS is None:
+            return self.drawn(logits_WN, state, None)
+        return self.taken(tokens_W, self.to_numpy(logits_WN) if state.logprobs else None, state.samplers)
 
     def drawn(self, logits_WN: Array, state: State, settings_WS: Array | None) -> Drawn:
         """A token for each row that wants one."""
         if settings_WS is not None:
             tokens_W = self.empty(len(settings_WS), dtype="int64")
             self.sample(logits_WN, self.device.upload(settings_WS), tokens_W)
-            return self.taken(tokens_W, state.samplers)
+            shown_WN = self.to_numpy(logits_WN) if state.logprobs else None
+            return self.taken(self.to_numpy(tokens_W), shown_WN, state.samplers)
         logits_WN = self.to_numpy(logits_WN)
         tokens = [sampler.draw(logits_N) for sampler, logits_N in zip(state.samplers, logits_WN, strict=True)]
         return Drawn(np.array(tokens, dtype=np.int64), logits_WN if state.logprobs else None)
 
-    def _decoded(self, model: Model, state: State, settings_WS: Array | None) -> Step | None:
-        """A step that brings each row one token, done; or None if it is another, or cannot be captured."""
+    def _step_of(self, model: Model, state: State) -> Step | None:
+        """The step of so many rows with one token each; None where it is another kind, or cannot be captured."""
         rows, cache = state.rows, state.cache
-        wanted = rows.wanted_W is not None and len(rows.wanted_W) == len(rows.counts)
-        if self.dtype == "float64" or not isinstance(cache, DeviceCache) or not wanted or set(rows.counts) != {1}:
+        if self.dtype == "float64" or not isinstance(cache, DeviceCache) or not isinstance(rows, DeviceRows):
+            return None
+        if rows.ends is None or len(rows.ends) < len(rows.counts) or set(rows.counts) != {1}:
             return None
         room = 1 << (len(rows.slots) - 1).bit_length()
         key = id(model), room
@@ -168,21 +174,46 @@ class Steps(Draws):
         if step.problem:
             log_once(f"{self.name}.step runs every time: {step.problem}")
             return None
-        tokens = self._on_host(state.tokens_M)
-        with self.limited(len(tokens), model.parameters):
-            for layer in cache.layers:
-                layer.reach(rows)
-            step.fill(tokens, rows, settings_WS)
-            if step.graph is not None:
-                self._played(step.graph)
-            else:
-                self._first(step, rows)
-        cache.advance(rows)
         return step
 
-    def _played(self, graph: Graph) -> None:
-        """The step once more, with what the buffer holds now."""
-        graph.launch()
+    def _with_the_next(self, step: Step, state: State, settings_WS: Array) -> Drawn:
+        """A captured step, and the one after it launched before this one's tokens are waited for."""
+        rows, tokens = state.rows, state.tokens_M.tolist()
+        assert isinstance(rows, DeviceRows)
+        if rows.ahead is not None and rows.ahead.is_for(step, rows, tokens, settings_WS, state.logprobs):
+            turn = rows.ahead.turn
+        else:
+            turn = self._played(step, tokens, rows, settings_WS, state.logprobs)
+        step.cache.advance(rows)
+        ahead = self._ahead(step, rows.moved(1), state)
+        (tokens_W, *logits), seconds = turn.wait()
+        drawn = self.taken(tokens_W, logits[0] if logits else None, state.samplers, seconds)
+        step.cache.ahead = ahead and ahead._replace(tokens=drawn.tokens_W.tolist())
+        return drawn
+
+    def _ahead(self, step: Step, rows: DeviceRows, state: State) -> Ahead | None:
+        """The step over these rows, launched without knowing its tokens; None where it will not be, or has no room."""
+        if state.ends or not step.looks_ahead or max(rows.starts) >= step.cache.size:
+            return None
+        settings_WS = settings_of(state.samplers, 1)
+        try:
+            turn = self._played(step, None, rows, settings_WS, state.logprobs)
+        except MemoryLimitError:
+            # Nobody has asked for it yet, and the tokens of the step before it are on their way.
+            step.looks_ahead = False
+            return None
+        return Ahead(step, rows.slots, rows.starts, settings_WS, state.logprobs, turn)
+
+    def _played(
+        self, step: Step, tokens: Sequence[int] | None, rows: DeviceRows, settings_WS: Array, logprobs: bool
+    ) -> Turn:
+        """The captured step once more; without tokens, with those that the launch before it draws."""
+        assert step.graph is not None
+        assert step.logits_WN is not None
+        with self.limited(len(rows.slots), step.model.parameters):
+            step.fill(tokens, rows, settings_WS)
+            results = [step.tokens_M, step.logits_WN[: len(rows.slots)]]
+            return self.device.turn(step.graph, results if logprobs else results[:1])
 
     def _forward(self, step: Step, rows: Rows) -> Array:
         """The step's logits [room, N]; its tokens are drawn."""
@@ -190,23 +221,34 @@ class Steps(Draws):
         step.layers.clear()
         step.kept.clear()
         logits_WN = model.architecture.forward(self, model.config, model.weights, step.tokens_M, step.rows(rows), step.cache)
-        self.sample(logits_WN, step.settings_WS, step.drawn_W)
+        logits_WN = self.plain(logits_WN)
+        self.sample(logits_WN, step.settings_WS, step.tokens_M)
         return logits_WN
 
-    def _first(self, step: Step, rows: Rows) -> None:
-        """A step that runs as any other; the second one is captured too, and what a launch gives compared with it."""
-        step.logits_WN = self._forward(step, rows)
+    def _first(self, step: Step, state: State, settings_WS: Array | None) -> Array:
+        """A step that runs as any other -> tokens_W; the second one is captured too."""
+        step.logits_WN = self._forward(step, state.rows)
+        tokens_W = self.to_numpy(step.tokens_M)
         step.runs += 1
-        if step.runs < 2:
-            return
-        want = self.to_numpy(step.logits_WN)[: len(rows.slots)]
+        if step.runs == 2:
+            self._capture(step, state, settings_WS)
+        return tokens_W
+
+    def _capture(self, step: Step, state: State, settings_WS: Array | None) -> None:
+        """Capture the step that has just run; what a launch gives is compared with what it gave."""
+        W = len(state.rows.slots)
+        assert step.logits_WN is not None
+        want_WN = self.to_numpy(step.logits_WN)[:W]
         try:
-            graph, logits_WN = self.device.capture(lambda: self._forward(step, rows))
+            step.fill(state.tokens_M.tolist(), state.rows, settings_WS)
+            graph, logits_WN = self.device.capture(lambda: self._forward(step, state.rows))
         except CannotCaptureError as error:
             step.problem = str(error)
             return
-        self._played(graph)
-        if np.array_equal(self.to_numpy(logits_WN)[: len(rows.slots)], want, equal_nan=True):
+        # The step that ran has drawn, and its tokens lie in the place of those that it was given.
+        step.fill(state.tokens_M.tolist(), state.rows, settings_WS)
+        graph.launch()
+        if np.array_equal(self.to_numpy(logits_WN)[:W], want_WN, equal_nan=True):
             step.graph, step.logits_WN = graph, logits_WN
         else:
             step.problem = "a launched graph gives other logits than the step that ran"

@@ -26,6 +26,14 @@ Facts of the backend "numba":
   quantizations       [str]
   arithmetic          {format: str}; what dtype "stored" computes products of few tokens in, by the weights' format
   kernels             {folder: str or null, bytes: int, compiled: int (kept there), all: int (that there are)}
+
+Facts of the backend "cupy":
+
+  gpu, architecture   str: its name; sm_90 and the like
+  compiler            str: NVRTC's version and the newest CUDA that the driver knows
+  memory_bytes        int
+  looks_ahead         bool: the next step is launched before a token is read
+  dtypes, quantizations, kernels as above; there is no number of all kernels
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`npllm warmup`: compile now what would be compiled at the first use, so that the first answer need not wait for it.
 
-Several processes compile at once: everything that the backend may ever need, or with a model, what that one needs; it then
+Several compile at once: everything that the backend may ever need, or with a model, what that one needs; it then
 answers a few prompts, to see that nothing is left.
 """
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ from npllm.errors import BackendError
 pytest.importorskip("numba")
 
 from bench import gpu
+from npllm.backends.cupy_gpu import cuda
+from tests.gpu.compiled import compiler
 from tests.gpu.emulator import EmulatedBackend
 
 needs_gxx = pytest.mark.skipif(
@@ -25,10 +29,55 @@ def test_every_group_runs() -> None:
     this = gpu.Run(EmulatedBackend("bfloat16"), gpu.Machine(1e12, 1e14), 1, 3, 20, models, True)
     figures, failures = gpu.collected(this, [])
     assert set(failures) <= {f"{name} peers" for name in models}, failures
-    assert len(figures) == 4 + 1 + 2 + 4
+    assert len([figure for figure in figures if "transformers" not in figure.name]) == 4 + 1 + 2 + 4
     assert all(figure.value > 0 for figure in figures)
     shown = gpu.table(gpu.written(this, figures, failures, {}))
     assert "| Qwen3-8B tiny decode, batch 8 / batch 1 | at least 6 |" in shown
+
+
+@needs_gxx
+@pytest.mark.parametrize("tied", [False, True])
+def test_transformers_decodes_the_same_on_the_same_weights(tied: bool) -> None:
+    """Where PyTorch is installed: its arrays are the backend's, and its tokens too."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from bench.contestants.transformers_gpu import TransformersGpu
+
+    values = gpu.QWEN3_8B | gpu.TINY | {"tie_word_embeddings": tied, "num_hidden_layers": 2}
+    llm = gpu.random_model(EmulatedBackend("bfloat16"), values, "Qwen3-8B tiny")
+    peer = TransformersGpu(llm, compiled=False)
+    tokens, rate = peer.decoded(12)
+    assert tokens == llm.generate([7], max_tokens=13, temperature=0, ignore_eos=True).tokens
+    assert rate > 0
+    peer.close()
+
+
+@pytest.mark.skipif(compiler() != "nvrtc", reason="NVRTC (nvidia-cuda-nvrtc with CuPy) is not installed")
+def test_the_kernel_that_reads_compiles() -> None:
+    assert len(cuda.compile_cubin(gpu.READ, "read_all.cu", 90, ())) > 1000
+
+
+class Clock:
+    """In CuPy's place, for what is timed: each call takes a millisecond, those that fail none."""
+
+    def __init__(self) -> None:
+        event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+        self.cuda = SimpleNamespace(Event=lambda: event, get_elapsed_time=lambda began, ended: 1.0)
+
+
+@needs_gxx
+@pytest.mark.parametrize("possible", [True, False])
+def test_the_matmul_rate_needs_one_of_two_libraries(possible: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    be: Any = EmulatedBackend("bfloat16")
+    called: list[Any] = []
+    blas = SimpleNamespace(plan=lambda shape: SimpleNamespace(possible=possible), multiply=lambda *args: called.append(args))
+    device = SimpleNamespace(
+        cupy=Clock(), upload=lambda bits: SimpleNamespace(), empty=be.device.empty, address=id, blas=lambda: blas
+    )
+    rate = gpu.matmul_rate(SimpleNamespace(device=device), 64)
+    assert "bf16 products by CuPy" in capsys.readouterr().err
+    assert rate == 2 * 64**3 / 1e-3 if possible else math.isnan(rate)
+    assert len(called) == 10 * possible
 
 
 def test_figures_that_were_predicted_are_measured() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
 if shutil.which("g++") is None:
@@ -60,13 +61,13 @@ def captured(name: str, layers: int) -> Step:
     for _ in range(3):
         rows = cache.plan([slot], [1], [True])
         sampler = Sampler(Sampling(), 0, [1], llm.config.vocab_size)
-        be.step(llm.model, State(be.asarray([7], dtype="int64"), rows, cache, (sampler,), False))
+        be.step(llm.model, State(np.array([7]), rows, cache, (sampler,), False))
     (step,) = cache.steps.values()
     device: Any = be.device
     assert step.graph is not None, step.problem
     device.launches = found = Launches()
     try:
-        step.graph.launch()
+        step.graph.run()
     finally:
         device.launches = None
     return Step([launch.kernel.name for launch in found.all], len(step.graph.calls) - len(found.all))

@@ -15,7 +15,6 @@ if shutil.which("g++") is None:
     pytest.skip("g++ compiles the kernels for the CPU, and is not installed", allow_module_level=True)
 
 from npllm.backend import Backend, log_once
-from npllm.backends.cupy_gpu import steps
 from npllm.backends.cupy_gpu.cache import DeviceCache
 from npllm.errors import MemoryLimitError, NumericsError
 from npllm.handles import Stack, Weight
@@ -93,8 +92,8 @@ def canon_answers(name: str) -> list[list[int]]:
 def test_decoding_is_a_graph(name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Three rows, with room for four: each step after the second is one launch of a graph, with the canon's tokens."""
     launches = []
-    played = steps.Steps._played
-    monkeypatch.setattr(steps.Steps, "_played", lambda self, *args: (launches.append(1), played(self, *args))[1])
+    turn = Emulator.turn
+    monkeypatch.setattr(Emulator, "turn", lambda self, *args: (launches.append(1), turn(self, *args))[1])
     log_once.cache_clear()
     with caplog.at_level(logging.INFO, "npllm"):
         outputs = random_model(name).generate(PROMPTS, max_tokens=8, ignore_eos=True)
@@ -118,7 +117,7 @@ def test_what_a_launch_reads_and_writes(name: str) -> None:
     assert step.graph is not None, step.problem
     device.launches, reads = Launches(), STREAM.host_reads
     try:
-        step.graph.launch()
+        step.graph.run()
         assert STREAM.host_reads == reads
         assert len(device.launches.all) > 8
         assert device.launches.hazards() == []
@@ -138,7 +137,7 @@ def again(llm: LLM, cache: Any, slots: list[int]) -> Any:
 
     rows = cache.plan(slots, [1] * len(slots), [True] * len(slots))
     samplers = tuple(Sampler(Sampling(), i, [1], llm.config.vocab_size) for i in range(len(slots)))
-    return State(llm.backend.asarray([7] * len(slots), dtype="int64"), rows, cache, samplers, False)
+    return State(np.full(len(slots), 7), rows, cache, samplers, False)
 
 
 def test_a_graph_serves_other_positions_and_a_cache_that_moves() -> None:

@@ -134,6 +134,23 @@ def test_decoding_is_a_graph(name: str) -> None:
     assert all(step.graph is not None and not step.problem for step in seen)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "llama4_text", "deepseek_v3"])
+def test_looking_ahead_changes_nothing(name: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows leave the batch one by one, and a conversation is cut back by a token while a step ahead is under way."""
+    told = []
+    for ahead in ("1", "0"):
+        monkeypatch.setenv("NPLLM_LOOKAHEAD", ahead)
+        llm = random_model(name, get_backend("cupy", dtype="float32"))
+        options: dict[str, Any] = {"max_tokens": 40, "temperature": temperature, "seed": 4}
+        told += [[each.tokens for each in llm.generate(PROMPTS, stop_ids=range(0, 320, 40), **options)]]
+        cache = llm.prompt_cache()
+        with llm.stream([5, 6, 7], cache=cache, ignore_eos=True, **options) as stream:
+            said = [next(stream).token for _ in range(20)]
+        told += [said, llm.generate([5, 6, 7, *said[:-1]], cache=cache, ignore_eos=True, **options).tokens]
+    assert told[:3] == told[3:]
+
+
 @pytest.mark.parametrize("name", ["qwen3", "deepseek_v3", "qwen3_moe", "gemma3n_text"])
 def test_the_same_bits_again(name: str) -> None:
     llm, tokens_T = random_model(name, gpu("bfloat16")), np.arange(40) % 97

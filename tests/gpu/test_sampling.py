@@ -92,4 +92,4 @@ def test_logits_that_are_not_finite(bad: float, temperature: float) -> None:
     assert min(tokens[0], tokens[2]) >= 0
     be = EmulatedBackend("float32")
     with pytest.raises(NumericsError, match="not finite"):
-        be.taken(be.device.upload(np.array(tokens)), samplers_of(Sampling(), 3, SIZES[0]))
+        be.taken(np.array(tokens), None, samplers_of(Sampling(), 3, SIZES[0]))

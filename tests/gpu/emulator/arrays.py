@@ -2,10 +2,14 @@
 
 They do not mix with NumPy arrays, a reduction gives an array, and reading one from the interpreter is noticed: on a GPU it
 waits for all that was launched. While a graph is captured, what is done with them is kept and done again at each launch.
+
+What a GPU does while the host goes on (a graph's launch, small copies) is done as late as may be: when the host waits for
+it, or for something behind it. So a host that reads what has not come yet is found out.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -17,19 +21,51 @@ from tests.strict import STRICT
 
 
 class Stream:
-    """What happens to arrays: how often the host read one, and the calls of the graph that is being captured."""
+    """What happens to arrays: how often the host read one, what is still to be done, and the calls of the graph that is
+    being captured. `log`: what was put off, by its number, and what the host waited for, as (what, number)."""
 
     def __init__(self) -> None:
         self.host_reads = 0
         self.calls: list[Callable[[], None]] | None = None
+        self.todo: deque[Callable[[], None]] = deque()
+        self.put_off = 0
+        self.log: list[tuple[str, int]] = []
 
     def read(self, what: str) -> None:
+        """The host moves numbers, and waits for all."""
+        self.moves(what)
+        self.finish(what)
+
+    def moves(self, what: str) -> None:
         self.host_reads += 1
         if self.calls is not None:
             raise CannotCaptureError(f"{what} moves numbers between host and device")
 
+    def later(self, what: str, function: Callable[[], None]) -> int:
+        """Do something in its turn -> its number."""
+        self.moves(what)
+        self.todo.append(function)
+        self.put_off += 1
+        self.log.append((what, self.put_off))
+        return self.put_off
+
+    def wait(self, number: int) -> None:
+        """Until that is done."""
+        self.log.append(("wait", number))
+        self._reach(number)
+
+    def finish(self, what: str) -> None:
+        if self.todo:
+            self.log.append((what, self.put_off))
+            self._reach(self.put_off)
+
+    def _reach(self, number: int) -> None:
+        while self.put_off - len(self.todo) < number:
+            self.todo.popleft()()
+
     def do(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A function of NumPy's on arrays of the device."""
+        self.finish("a function on arrays")
         check(args)
         check(tuple(kwargs.values()))
         args, kwargs = plain(args), plain(kwargs)
@@ -100,6 +136,7 @@ class DeviceArray(np.ndarray[Any, Any]):
         return STREAM.do(lambda x, i: np.asarray(x[i]), (self, index), {})
 
     def __setitem__(self, index: Any, value: Any) -> None:
+        STREAM.finish("an assignment")
         here, index, value = plain(self), plain(index), plain_checked(value)
 
         def assign() -> None:

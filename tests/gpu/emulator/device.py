@@ -8,6 +8,7 @@ import hashlib
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +21,7 @@ from npllm.backends.cupy_gpu.cublaslt import Products
 from npllm.backends.cupy_gpu.device import Argument, Device, Grid, Kernel, Memory, Packed
 from npllm.backends.cupy_gpu.sources import kernels, source
 from tests.gpu.emulator.arrays import STREAM, DeviceArray, Module, plain
-from tests.gpu.emulator.launches import Launch, Launches
+from tests.gpu.emulator.launches import Launch, Launches, Moved
 
 HERE = Path(__file__).parent
 
@@ -75,6 +76,7 @@ class Emulator(Device):
 
     xp = Module()
     name = "emulator"
+    compiler = "g++"
     architecture = 90
     multiprocessors = 4
     shared_limit = 227 * 1024
@@ -85,6 +87,7 @@ class Emulator(Device):
         self.runtime = built("runtime", runtime)
         self.limit = memory
         self.kernels: dict[tuple[Any, ...], Kernel] = {}
+        self.compiled: set[tuple[Any, ...]] = set()
         # Bytes of shared memory that the kernels of a file have as arrays, by what they were compiled with.
         self.arrays: dict[tuple[Any, ...], int] = {}
         self.launches: Launches | None = None
@@ -109,9 +112,24 @@ class Emulator(Device):
         return plain(array).copy()
 
     def write(self, array: Array, values: Array) -> None:
-        STREAM.read("write")
         assert (array.dtype, array.shape) == (values.dtype, values.shape)
-        plain(array)[...] = values
+        values = values.copy()
+
+        def arrive() -> None:
+            plain(array)[...] = values
+            self._moved(array, "writes")
+
+        STREAM.later("write", arrive)
+
+    def turn(self, graph: Any, results: Sequence[Array]) -> EmulatedTurn:
+        assert all(each.flags.c_contiguous for each in results)
+        turn = EmulatedTurn(graph, results, self._moved)
+        turn.number = STREAM.later("turn", turn.run)
+        return turn
+
+    def _moved(self, array: Array, role: str) -> None:
+        if self.launches is not None:
+            self.launches.add(Moved(array, role))
 
     def mapped(self, array: Array) -> Array:
         return self.upload(array)
@@ -125,14 +143,25 @@ class Emulator(Device):
         key = (file, name, *sorted(defines.items()))
         if key not in self.kernels:
             macros = tuple(sorted(defines.items()))
-            entries = "".join(f"EMU_ENTRY({each})\n" for each in kernels(file))
-            text = self.header + "".join(f"#define {macro} {value}\n" for macro, value in macros) + source(file) + entries
-            library = ctypes.CDLL(str(built(file.removesuffix(".cu"), text, str(self.runtime))))
+            library = ctypes.CDLL(str(self.compile(file, macros)))
             self.kernels[key] = Kernel(file, name, macros, getattr(library, f"emu_launch_{name}"))
             self.arrays[key] = library.emu_static_shared()
         return self.kernels[key]
 
+    def compile(self, file: str, macros: tuple[tuple[str, int], ...]) -> Path:
+        self.compiled.add((file, macros))
+        entries = "".join(f"EMU_ENTRY({each})\n" for each in kernels(file))
+        text = self.header + "".join(f"#define {macro} {value}\n" for macro, value in macros) + source(file) + entries
+        return built(file.removesuffix(".cu"), text, str(self.runtime))
+
+    def is_kept(self, file: str, macros: tuple[tuple[str, int], ...]) -> bool:
+        return (file, macros) in self.compiled
+
+    def kept(self) -> dict[str, Any]:
+        return {"folder": "/emulated", "bytes": 0, "compiled": len(self.compiled)}
+
     def launch(self, kernel: Kernel, grid: Grid, block: int, args: Iterable[Argument], shared: int = 0) -> None:
+        STREAM.finish("a launch")
         allowed(self, kernel, grid, block, shared)
         launch = Launch(kernel, grid, block, shared, tuple(args))
         packed = Packed(launch.args, self.address)
@@ -178,8 +207,32 @@ class Replay:
         self.calls = calls
 
     def launch(self) -> None:
+        STREAM.later("graph", self.run)
+
+    def run(self) -> None:
         for call in self.calls:
             call()
+
+
+class EmulatedTurn:
+    """A graph's launch whose results nobody sees before it has been waited for."""
+
+    number = 0
+
+    def __init__(self, graph: Replay, results: Sequence[Array], moved: Callable[[Array, str], None]) -> None:
+        self.graph, self.results, self.moved = graph, results, moved
+
+    def run(self) -> None:
+        began = time.perf_counter()
+        self.graph.run()
+        self.copies = [plain(each).copy() for each in self.results]
+        for each in self.results:
+            self.moved(each, "reads")
+        self.seconds = time.perf_counter() - began
+
+    def wait(self) -> tuple[list[Array], float]:
+        STREAM.wait(self.number)
+        return self.copies, self.seconds
 
 
 class EmulatedBackend(CupyBackend):

@@ -55,14 +55,37 @@ class Launch(NamedTuple):
         return f"{self.kernel.file}:{self.kernel.name}"
 
 
+class Moved(NamedTuple):
+    """A small copy from the host into an array ("writes"), or of an array to the host ("reads")."""
+
+    array: Array
+    role: str
+
+    @property
+    def spans(self) -> list[Span]:
+        return [span(self.array, self.role)]
+
+    def __str__(self) -> str:
+        return "from the host" if self.role == "writes" else "to the host"
+
+
 @dataclass
 class Launches:
-    """All launches since it was emptied."""
+    """All launches since it was emptied, and the small copies between them, in the order in which they were done."""
 
-    all: list[Launch] = field(default_factory=list)
+    done: list[Launch | Moved] = field(default_factory=list)
 
-    def add(self, launch: Launch) -> None:
-        self.all.append(launch)
+    def add(self, launch: Launch | Moved) -> None:
+        self.done.append(launch)
+
+    @property
+    def all(self) -> list[Launch]:
+        return [each for each in self.done if isinstance(each, Launch)]
+
+    def uses(self, array: Array) -> list[tuple[str, str]]:
+        """What used any of an array's bytes, and how, one after the other."""
+        wanted = span(array, "")
+        return [(str(each), mine.role) for each in self.done for mine in each.spans if mine.meets(wanted)]
 
     def hazards(self) -> list[str]:
         """Launches that write what they read themselves by another name, or what anybody may have fetched early."""
