@@ -252,10 +252,10 @@ class _Pairs(_Rows):
     def totals(self) -> ir.Value:
         e, one = self.e, ir.VectorType(F32, self.size // 4)
         start = [e.zeros(ACROSS_OF)] * (ABREAST // 2), [e.zeros(one)] * ABREAST
-        whole, single = _blocks(e, self.width, *start, self._block)
+        (first, second), single = _blocks(e, self.width, *start, self._block)
         # Of a pair's lanes, 2, 3, 6 and 7 are the second row's.
-        parts = [e.shuffle(*whole, [first + lane for lane in (0, 2, 8, 10, 4, 6, 12, 14)]) for first in (0, 1)]
-        both = e.b.fadd(*parts)
+        lanes = (0, 2, 8, 10, 4, 6, 12, 14)
+        both = e.b.fadd(e.shuffle(first, second, lanes), e.shuffle(first, second, [lane + 1 for lane in lanes]))
         whole_rows = e.b.fadd(e.shuffle(both, both, range(4)), e.shuffle(both, both, range(4, 8)))
         return e.b.fadd(whole_rows, totals(e, single))
 
@@ -273,8 +273,9 @@ class _Pairs(_Rows):
             halves = [self._halves(e.at(self.weights[row], e.mul(first, self.size)), block) for row in rows]
             sums = b.sitofp(b.add(sum_pairs(e, packed(e, *halves)), starts), ACROSS_OF)
             places = [e.at(self.factors[row], e.mul(first, 2)) for row in rows]
-            factors = e.shuffle(*(e.load(ir.VectorType(I16, BLOCK), each, 2) for each in places), [0, 2, 4, 6, 1, 3, 5, 7])
-            new.append(e.fma(sums, b.fmul(from_halves(e, factors), scales), value))
+            one, other = (e.load(ir.VectorType(I16, BLOCK), each, 2) for each in places)
+            factors = from_halves(e, e.shuffle(one, other, [0, 2, 4, 6, 1, 3, 5, 7]))
+            new.append(e.fma(sums, b.fmul(factors, scales), value))
         return new
 
     def _halves(self, w: ir.Value, block: ir.Value) -> ir.Value:
