@@ -129,10 +129,8 @@ def compiled(folder: Path) -> tuple[Any, str]:
 
 
 def declared(library: Any) -> Any:
-    library.read_bytes.argtypes, library.read_bytes.restype = (
-        (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int),
-        ctypes.c_uint64,
-    )
+    library.read_bytes.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    library.read_bytes.restype = ctypes.c_uint64
     for name in ARITHMETIC:
         getattr(library, f"{name}_work").restype = ctypes.c_double
         loop = getattr(library, name)

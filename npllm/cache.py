@@ -233,6 +233,11 @@ class LayerCache:
         begin = start % max(1, self.size)
         return [unrolled(self.xp, stored[slot].transpose(1, 0, 2), begin, stop - start) for stored in self.stored]
 
+    def reach(self, rows: Rows) -> None:
+        """The rows are about to be written that far; noted before, since the writing may be interrupted."""
+        for slot, start, count in zip(rows.slots, rows.starts, rows.counts, strict=True):
+            self.reached[slot] = max(self.reached[slot], start + count)
+
     def keys(self, rows: Rows) -> Keys:
         """What the rows' queries may attend to, once the step's own keys are stored."""
         firsts, counts = self._visible(rows)

@@ -92,11 +92,6 @@ class DeviceLayerCache(LayerCache):
         """The macro of kernels that store."""
         return {"STORED": BF16 if self.kv_dtype == "bfloat16" else F32}
 
-    def reach(self, rows: Rows) -> None:
-        """The rows are about to be written that far; noted before, since the writing may be interrupted."""
-        for slot, start, begin, end in rows:
-            self.reached[slot] = max(self.reached[slot], start + end - begin)
-
 
 # Heads that a block of heads.cu takes, a warp each, and the numbers of them that fit into shared memory unasked.
 HEADS = 4

@@ -21,7 +21,7 @@ from npllm.backends.numba_cpu.activations import emit_exp, emit_weight
 from npllm.backends.numba_cpu.jit import called, inline
 from npllm.backends.numba_cpu.memory import call
 from npllm.backends.numba_cpu.team import function_at
-from npllm.backends.numba_cpu.vectors import F32, I32, I64, LANES, NUMBERS, VF, VI, Emit, emitting, widened
+from npllm.backends.numba_cpu.vectors import F32, I32, I64, LANES, NUMBERS, VF, VI, Emit, emitting, rows_of, widened
 
 # The places of `score` and `weigh` among the functions that kernels call.
 SCORE, WEIGH = 2, 3
@@ -68,11 +68,6 @@ def _folded(e: Emit, x: ir.Value, y: ir.Value) -> ir.Value:
 # -- few queries ------------------------------------------------------------------------------------------------------
 
 
-def _rows(e: Emit, first: ir.Value, row: ir.Value, last: ir.Value, count: int) -> list[ir.Value]:
-    """Where `count` rows begin; those behind the last are the last."""
-    return [e.at(first, e.b.mul(row, e.least(e.i64(n), last))) for n in range(count)]
-
-
 def _apart(e: Emit, first: ir.Value, row: ir.Value, j: ir.Value, apart: ir.Value, count: int) -> list[ir.Value]:
     """Where the rows j, j + apart, ... begin: each on another page, since memory gives more to several who read."""
     return [e.at(first, e.b.mul(row, e.b.add(j, e.mul(apart, n)))) for n in range(count)]
@@ -84,7 +79,7 @@ def _score(e: Emit, kind: str, together: int, args: Sequence[ir.Value]) -> None:
     b, size, keys_at_once = e.b, NUMBERS[kind][1], SCORES // together
     whole = b.sdiv(width, e.i64(LANES))
     done = e.mul(whole, LANES)
-    queries, outs = _rows(e, q, q_row, last, together), _rows(e, out, out_row, last, together)
+    queries, outs = rows_of(e, q, q_row, last, together), rows_of(e, out, out_row, last, together)
     apart = b.sdiv(e.at(count, keys_at_once - 1), e.i64(keys_at_once))
 
     def added(numbers: list[ir.Value], with_q: list[ir.Value], totals: list[Any]) -> list[ir.Value]:
@@ -120,7 +115,7 @@ def _weigh(e: Emit, kind: str, together: int, args: Sequence[ir.Value]) -> None:
     """out[h] += sum over j of p[h, j] v[j] for `together` queries, as in `_score`, and `count` values [width]."""
     v, v_row, count, p, p_row, last, out, out_row, width = args
     b, size, values_at_once = e.b, NUMBERS[kind][1], SCORES // together
-    weights, outs = _rows(e, p, p_row, last, together), _rows(e, out, out_row, last, together)
+    weights, outs = rows_of(e, p, p_row, last, together), rows_of(e, out, out_row, last, together)
     whole = b.sdiv(width, e.i64(LANES))
 
     def weighed(first: ir.Value, apart: ir.Value, rows: int) -> None:

@@ -89,11 +89,6 @@ class KernelLayerCache(LayerCache):
         be.run(stores, numbers=sum(x_MGF.size for x_MGF in new))
         return keys
 
-    def reach(self, rows: Rows) -> None:
-        """The rows are about to be written that far; noted before, since the writing may be interrupted."""
-        for slot, start, begin, end in rows:
-            self.reached[slot] = max(self.reached[slot], start + end - begin)
-
 
 class KernelCache(Cache):
     """A cache of such layers, with the recordings of steps over its memory."""
@@ -104,13 +99,6 @@ class KernelCache(Cache):
         self.be = be
         super().__init__(*args)
         self.recordings: dict[Any, Recording] = {}
-
-    def reach(self, rows: Rows) -> None:
-        """`reach` of all layers."""
-        ends = [(slot, start + count) for slot, start, count in zip(rows.slots, rows.starts, rows.counts, strict=True)]
-        for layer in self.layers:
-            for slot, end in ends:
-                layer.reached[slot] = max(layer.reached[slot], end)
 
     def _layer(self, spec: LayerSpec) -> KernelLayerCache:
         return KernelLayerCache(self.be, self.xp, spec, self.kv_dtype, self.compute_dtype)

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 # Multiply-adds of a step below which threads would wait for each other longer than they work.
 SMALL_STEP = 1 << 23
 
-
 # Rows up to which a step takes its angles from those of this many positions, which are computed together.
 FEW, STRETCH = 8, 64
 
@@ -95,7 +94,8 @@ class Recording:
         self.tokens_M[:], self.positions_M[:] = tokens_M, rows.positions_M
         for layer, plan in self.recorder.plans.values():
             plan[:] = planned(layer.keys(rows), rows)
-        self.cache.reach(rows)
+        for layer in self.cache.layers:
+            layer.reach(rows)
         with np.errstate(over="ignore", invalid="ignore"):
             for call in self.calls:
                 if isinstance(call, tuple):

@@ -404,6 +404,7 @@ def store_rows(e: Emit, vector: ir.Value, out: ir.Value, out_row: ir.Value, last
 
 
 def rows_of(e: Emit, x: ir.Value, x_row: ir.Value, last: ir.Value, count: int) -> list[ir.Value]:
+    """Where `count` rows begin; those behind the last are the last."""
     return [e.at(x, e.mul(e.least(last, e.i64(i)), x_row)) for i in range(count)]
 
 
