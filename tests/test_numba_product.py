@@ -23,7 +23,7 @@ from npllm.cli import main
 from npllm.errors import BackendError
 from npllm.registry import PREFERENCE, get_backend
 
-CODE = Code("library", "symbol", b"object", b"bitcode")
+CODE = Code("library", "symbol", b"object")
 # Importing it makes all kernels known.
 NUMBA = backend.NumbaBackend
 LEAST = next(each.least_parameters for each in PREFERENCE if each.name == "numba")

@@ -8,7 +8,6 @@ from npllm.backends.numba_cpu.activations import exp
 from npllm.backends.numba_cpu.attention_job import (
     BITS,
     CAP,
-    COUNT,
     END,
     FEW,
     FORM,
@@ -30,12 +29,14 @@ from npllm.backends.numba_cpu.attention_job import (
     VALUE_WIDTH,
     VALUES,
     capped,
+    combine_lane,
     entry_at,
     lanes_of,
     read_query,
     record,
     record_bytes,
     seen,
+    splits_in,
     within_split,
 )
 from npllm.backends.numba_cpu.attention_vectors import score, top, weigh
@@ -51,15 +52,18 @@ SCORES_ROW = (SPLIT + LANES) * 4
 
 @kernel(FORM)
 def attend_few(args, team, thread, threads):
-    """Records of the rows of fewer than FEW lanes."""
+    """Records of the rows of fewer than FEW lanes, and the output of those that have one split."""
     groups, before, base, chunk = word(args, GROUPS), 0, 0, next_chunk(team)
     for row in range(word(args, ROWS)):
         line = word(args, PLAN) + row * PLAN_BYTES
-        lanes, splits = lanes_of(args, line), (word(line, COUNT) + SPLIT - 1) // SPLIT
+        lanes, splits = lanes_of(args, line), splits_in(line)
         if 0 < lanes < FEW:
             while chunk - base < groups * splits:
                 group, split = (chunk - base) // splits, (chunk - base) % splits
                 _attend(args, team, line, row, lanes, group, split, before, scratch(team, thread))
+                if splits == 1:
+                    for lane in range(lanes):
+                        combine_lane(args, line, before, lane, group)
                 chunk = next_chunk(team)
             base += groups * splits
         if lanes <= SPLIT_LANES:

@@ -81,6 +81,12 @@ def within_split(low, high, split):
 
 
 @inline
+def splits_in(line):
+    """Splits over which a row's keys extend."""
+    return (word(line, COUNT) + SPLIT - 1) // SPLIT
+
+
+@inline
 def entry_at(args, storage, line, row, group, key):
     """Where a key lies, or with VALUES for `storage` its value, and how many from there on lie one after the other."""
     size, slot = word(args, SIZE), word(line, SLOT)
@@ -125,22 +131,24 @@ def combine(args, team, thread, threads):
     before, base, chunk = 0, 0, next_chunk(team)
     for row in range(word(args, ROWS)):
         line = word(args, PLAN) + row * PLAN_BYTES
-        lanes, first = lanes_of(args, line), word(line, QUERY)
+        lanes = lanes_of(args, line)
         if lanes > SPLIT_LANES:
             continue
-        count = (word(line, END) - first) * heads
+        count = 0 if lanes < FEW and splits_in(line) == 1 else lanes * word(args, GROUPS)
         while chunk - base < count:
             token, head = (chunk - base) // heads, (chunk - base) % heads
-            low, high = seen(args, line, first)[0], seen(args, line, word(line, END) - 1)[1]
-            _combine(args, before, token * per + head % per, head // per, head, low, high, first + token)
+            combine_lane(args, line, before, token * per + head % per, head // per)
             chunk = next_chunk(team)
         base += count
         before += lanes
 
 
 @inline
-def _combine(args, before, lane, group, head, low, high, token):
-    width = word(args, VALUE_WIDTH)
+def combine_lane(args, line, before, lane, group):
+    """The output of a lane, from its records."""
+    heads, per, width = word(args, HEADS), word(args, HEADS) // word(args, GROUPS), word(args, VALUE_WIDTH)
+    token, head = word(line, QUERY) + lane // per, group * per + lane % per
+    low, high = seen(args, line, word(line, QUERY))[0], seen(args, line, word(line, END) - 1)[1]
     splits = range(low // SPLIT, (high + SPLIT - 1) // SPLIT if high > low else low // SPLIT)
     base, total = sink_of(args, head)
     sunk = base
@@ -148,7 +156,7 @@ def _combine(args, before, lane, group, head, low, high, token):
         base = max(base, f32(record(args, before, lane, group, split), 1)[0])
     away = base if base != -np.inf else np.float32(0)
     total *= exp(sunk - away)
-    out = f32(word(args, OUT) + (token * word(args, HEADS) + head) * width * 4, width)
+    out = f32(word(args, OUT) + (token * heads + head) * width * 4, width)
     for v in range(width):
         out[v] = 0
     for split in splits:

@@ -62,6 +62,7 @@ from npllm.backends.numba_cpu.source import PAIRS, bf16, round_row
 from npllm.backends.numba_cpu.team import SCRATCH_BYTES, next_chunk, scratch
 from npllm.backends.numba_cpu.tiles import TILE_ROWS
 from npllm.backends.numba_cpu.vectors import (
+    CACHE_LINE,
     LANES,
     from_bits,
     tile_narrow,
@@ -318,7 +319,7 @@ def spread(a, a_row, a_step, rows, b, wide, count, c, add, pairs):
         for column in range(0, row, TILE_WIDTH * 4):
             for n in range(0, rows, TILE_ROWS):
                 at, to, last = a + n * a_row, c + n * row + column, rows - n - 1
-                then, step = at + TILE_ROWS * a_row, 4 * TILE_ROWS
+                then, step = _ahead(at, a_row, a_step, TILE_ROWS)
                 if PAIRS and pairs:
                     tile_wide_pairs(at, a_row, a_step, last, b + column, row, count, to, row, add, then, step)
                 else:
@@ -326,11 +327,17 @@ def spread(a, a_row, a_step, rows, b, wide, count, c, add, pairs):
         return
     for n in range(0, rows, 2 * TILE_ROWS):
         at, to, last = a + n * a_row, c + n * row, rows - n - 1
-        then, step = at + 2 * TILE_ROWS * a_row, 8 * TILE_ROWS
+        then, step = _ahead(at, a_row, a_step, 2 * TILE_ROWS)
         if PAIRS and pairs:
             tile_narrow_pairs(at, a_row, a_step, last, b, row, count, to, row, add, then, step)
         else:
             tile_narrow(at, a_row, a_step, last, b, row, count, to, row, add, then, step)
+
+
+@inline
+def _ahead(at, a_row, a_step, rows):
+    """What a tile fetches for the next one, and how many bytes at each step: whole rows, or the columns beside its own."""
+    return (at + rows * a_row, 4 * rows) if a_step == 4 else (at + CACHE_LINE, a_step)
 
 
 @inline

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -119,8 +120,9 @@ class Base(Backend):
 
     def empty(self, *shape: int, dtype: str = "float32") -> Array:
         """An uninitialised array for the result of a kernel."""
-        made = np.empty(shape, dtype)
-        return made if self.recorder is None else self.recorder.remember(made)
+        if self.recorder is None:
+            return np.empty(shape, dtype)
+        return self.recorder.lent(math.prod(shape) * np.dtype(dtype).itemsize).view(dtype).reshape(shape)
 
     def plain(self, x: Array) -> Array:
         """`x` as kernels take it: float32, contiguous and aligned; itself where it is."""
@@ -130,10 +132,7 @@ class Base(Backend):
 
     def room(self, size: int) -> Array:
         """So many bytes, on a cache line, that the kernels of one operation hand to each other."""
-        made = aligned(size, np.uint8)
-        if self.recorder is not None:
-            self.recorder.kept.append(made)
-        return made
+        return aligned(size, np.uint8) if self.recorder is None else self.recorder.lent(size)
 
     def run(self, *entries: tape.Entry, numbers: int = SMALL + 1) -> None:
         """Run kernels, one after the other, on all threads; or on one, where they only pass over a few `numbers`."""

@@ -112,29 +112,35 @@ def _multiply_one(matrix, begin, end, x, arithmetic, room, out):
             y[n - begin] = _dot(matrix, n, x, arithmetic, room)
         return
     apart = (end - begin + ABREAST - 1) // ABREAST
-    for n in range(begin, min(end, begin + apart)):
-        _multiply_abreast(matrix, n, apart, (end - 1 - n) // apart, x, arithmetic, out + (n - begin) * 4)
+    n = begin
+    while n < min(end, begin + apart):
+        last = (end - 1 - n) // apart
+        times = min(begin + apart, end - last * apart) - n
+        _multiply_abreast(matrix, n, times, apart, last, x, arithmetic, out + (n - begin) * 4)
+        n += times
 
 
 @inline
-def _multiply_abreast(matrix, n, apart, last, x, arithmetic, out):
-    """Rows n, n + apart, ... up to n + last apart: their products lie as far from one another as they."""
+def _multiply_abreast(matrix, n, times, apart, last, x, arithmetic, out):
+    """Rows n, n + apart, ... up to n + last apart, and as many of those that follow each: their products lie as they do."""
     kind, width = word(matrix, FORMAT), word(matrix, COLUMNS)
-    row, row_bytes = row_at(matrix, n), apart * word(matrix, ROW_BYTES)
+    row, row_bytes = row_at(matrix, n), word(matrix, ROW_BYTES)
+    rows_apart = apart * row_bytes
     if kind >= Q8:
-        factors, factor_row = factors_at(matrix, n), apart * word(matrix, FACTOR_ROW)
+        factors, factor_row = factors_at(matrix, n), word(matrix, FACTOR_ROW)
+        apart_too = apart * factor_row
         if kind == Q8:
-            abreast_q8(row, row_bytes, factors, factor_row, last, x, width, out, apart * 4)
+            abreast_q8(row, rows_apart, factors, apart_too, last, row_bytes, factor_row, times, x, width, out, apart * 4)
         else:
-            abreast_q4(row, row_bytes, factors, factor_row, last, x, width, out, apart * 4)
+            abreast_q4(row, rows_apart, factors, apart_too, last, row_bytes, factor_row, times, x, width, out, apart * 4)
     elif PAIRS and arithmetic == BFLOAT16:
-        abreast_pairs(row, row_bytes, last, x, width, out, apart * 4)
+        abreast_pairs(row, rows_apart, last, row_bytes, times, x, width, out, apart * 4)
     elif kind == BF16:
-        abreast_bf16(row, row_bytes, last, x, width, out, apart * 4)
+        abreast_bf16(row, rows_apart, last, row_bytes, times, x, width, out, apart * 4)
     elif kind == F16:
-        abreast_f16(row, row_bytes, last, x, width, out, apart * 4)
+        abreast_f16(row, rows_apart, last, row_bytes, times, x, width, out, apart * 4)
     else:
-        abreast_f32(row, row_bytes, last, x, width, out, apart * 4)
+        abreast_f32(row, rows_apart, last, row_bytes, times, x, width, out, apart * 4)
 
 
 @inline

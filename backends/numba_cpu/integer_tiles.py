@@ -7,8 +7,8 @@ npllm.backends.numba_cpu.integers does it, so a token's codes do not depend on h
 A block of weights is widened to unsigned bytes. The rows of a tile lie side by side: for each group, four bytes of each
 row, the next four of each, and so on, then the rows' factors, float32. A weight of 4 bits is stored with 8 added, which -8
 times the activations' sum takes away again. Weights of 8 bits are one plane of bytes, with 128 for 8, where four products
-are summed at once; where the sums of two must fit into 16 bits (`vpmaddubsw`) they are two planes of 4 bits,
-`w + 128 = 16 high + low`, so that a group's products of a plane fit into 16 bits all together.
+are summed at once; where the sums of two must fit into 16 bits (`vpmaddubsw`) they are two planes, their sizes and they
+themselves, which give their signs to the activations.
 """
 
 from __future__ import annotations
@@ -20,7 +20,16 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from npllm.backends.numba_cpu.integers import GROUP, LEAST, ROUNDER, SIXTEEN, dot_bytes, sum_pairs
+from npllm.backends.numba_cpu.integers import (
+    GROUP,
+    LEAST,
+    ROUNDER,
+    SIXTEEN,
+    dot_bytes,
+    signs_given,
+    sizes_of,
+    sum_pairs,
+)
 from npllm.backends.numba_cpu.jit import PATH
 from npllm.backends.numba_cpu.vectors import BLOCK, F32, I8, I16, I32, LANES, VF, VI, Emit, emitting, from_halves, same
 
@@ -34,16 +43,16 @@ SUMS, ROWS_OF_GROUP = SCALES + 1, SCALES + 2
 
 
 class Format(NamedTuple):
-    """How a format's codes are summed: as planes, each so many times; and -8 times the activations' sum so many times."""
+    """How a format's codes are summed: from how many planes, and how often -8 times the activations' sum comes to it."""
 
-    planes: tuple[int, ...]
+    planes: int
     start: int
 
 
-FORMATS = {"q8": Format((1, 16), 16) if SIXTEEN else Format((1,), 16), "q4": Format((1,), 1)}
+FORMATS = {"q8": Format(2, 0) if SIXTEEN else Format(1, 16), "q4": Format(1, 1)}
 
 # Bytes of a group of a tile's rows: planes and factors.
-Q8_BYTES, Q4_BYTES = (TILE[0] * (GROUP * len(FORMATS[kind].planes) + 4) for kind in ("q8", "q4"))
+Q8_BYTES, Q4_BYTES = (TILE[0] * (GROUP * FORMATS[kind].planes + 4) for kind in ("q8", "q4"))
 GROUP_BYTES = {"q8": Q8_BYTES, "q4": Q4_BYTES}
 
 BYTES, CODES_OF = ir.VectorType(I8, GROUP), ir.VectorType(I8, QUAD * LANES)
@@ -106,18 +115,17 @@ def _widen_groups(e: Emit, kind: str, args: Sequence[ir.Value]) -> None:
                 quad = e.b.extract_element(quads, ir.Constant(I32, q))
                 e.store(quad, e.at(place, rows * (GROUP * plane + QUAD * q)), 4)
         factor = from_halves(e, e.load(ir.VectorType(I16, 1), e.at(factors, e.mul(i, 2)), 2))
-        e.store(factor, e.at(place, rows * GROUP * len(FORMATS[kind].planes)), 4)
+        e.store(factor, e.at(place, rows * GROUP * FORMATS[kind].planes), 4)
         return values
 
     e.loop(groups, [], group)
 
 
 def _planes(e: Emit, kind: str, stored: ir.Value) -> list[ir.Value]:
-    """A group's bytes as the unsigned bytes of its planes."""
+    """A group's bytes as those of its planes."""
     b = e.b
     if kind == "q8":
-        unsigned = b.xor(stored, same(BYTES, -128))
-        return [b.and_(unsigned, same(BYTES, 15)), b.lshr(unsigned, same(BYTES, 4))] if SIXTEEN else [unsigned]
+        return [sizes_of(e, stored), stored] if SIXTEEN else [b.xor(stored, same(BYTES, -128))]
     low, high = b.and_(stored, same(stored.type, 15)), b.lshr(stored, same(stored.type, 4))
     return [e.shuffle(low, high, [half * GROUP // 2 + i for i in range(GROUP // 2) for half in (0, 1)])]
 
@@ -146,14 +154,14 @@ class _Tile:
         e.loop(groups, [], self._group)
 
     def _group(self, g: ir.Value, values: list[Any]) -> list[ir.Value]:
-        e, b, planes = self.e, self.e.b, FORMATS[self.kind].planes
+        e, b = self.e, self.e.b
         next_place, offset = e.at(self.ahead, e.mul(g, self.ahead_step)), e.mul(g, GROUP_BYTES[self.kind])
         for line in range(self.lines):
             e.prefetch(e.at(next_place, 64 * line))
         panel = e.at(self.b, e.mul(e.mul(g, ROWS_OF_GROUP), self.b_step))
         weights = [e.at(tile, offset) for tile in self.tiles]
         totals = self._totals(panel, weights)
-        scales, factors = self._row(panel, SCALES, VF), TILE[0] * GROUP * len(planes)
+        scales, factors = self._row(panel, SCALES, VF), TILE[0] * GROUP * FORMATS[self.kind].planes
         for i, (place, total) in enumerate(zip(self.places, totals, strict=True)):
             factor = e.splat(e.load(F32, e.at(self._of_row(weights, i // self.vectors), factors), 4), LANES)
             scale = b.fmul(factor, scales[i % self.vectors])
@@ -171,30 +179,39 @@ class _Tile:
 
     def _totals(self, panel: ir.Value, weights: Sequence[ir.Value]) -> list[ir.Value]:
         """A group's sums, int32, for each row and vector of tokens."""
-        e, form, count = self.e, FORMATS[self.kind], self.rows * self.vectors
+        e, form, short = self.e, FORMATS[self.kind], ir.VectorType(I16, 2 * LANES)
         starts = [e.b.mul(each, same(VI, form.start)) for each in self._row(panel, SUMS, VI)] * self.rows
-        if not SIXTEEN:
+        if form.planes > 1 or not SIXTEEN:
             return self._sums(panel, weights, starts)
-        totals = starts
-        for plane, times in enumerate(form.planes):
-            begin = [e.zeros(ir.VectorType(I16, 2 * LANES))] * count
-            sums = self._sums(panel, [e.at(each, plane * TILE[0] * GROUP) for each in weights], begin)
-            totals = [e.b.add(total, sum_pairs(e, each, times)) for total, each in zip(totals, sums, strict=True)]
-        return totals
+        sums = self._sums(panel, weights, [e.zeros(short)] * len(starts))
+        return [e.b.add(start, sum_pairs(e, each)) for start, each in zip(starts, sums, strict=True)]
 
     def _sums(self, panel: ir.Value, weights: Sequence[ir.Value], begin: Sequence[ir.Value]) -> list[ir.Value]:
-        """A plane's sums, as `dot_bytes` keeps them."""
-        e = self.e
+        """`begin` plus a group's products, four numbers of each row at a time."""
 
         def quad(q: ir.Value, values: list[Any]) -> list[ir.Value]:
-            codes, new, offset = self._row(panel, q, CODES_OF), [], e.mul(q, TILE[0] * QUAD)
+            codes, new, offset = self._row(panel, q, CODES_OF), [], self.e.mul(q, TILE[0] * QUAD)
             for m in range(self.rows):
-                four = e.splat(e.load(I32, e.at(self._of_row(weights, m), offset), 4), LANES)
-                for v in range(self.vectors):
-                    new.append(dot_bytes(e, values[m * self.vectors + v], e.b.bitcast(four, CODES_OF), codes[v]))
+                place = self.e.at(self._of_row(weights, m), offset)
+                fours = [self._spread(e.at(place, plane * TILE[0] * GROUP)) for plane in range(FORMATS[self.kind].planes)]
+                sums = values[m * self.vectors : (m + 1) * self.vectors]
+                new += [self._product(total, fours, each) for total, each in zip(sums, codes, strict=True)]
             return new
 
+        e = self.e
         return e.loop(e.hidden(SCALES), begin, quad)
+
+    def _spread(self, place: ir.Value) -> ir.Value:
+        """Four bytes, for each token."""
+        return self.e.b.bitcast(self.e.splat(self.e.load(I32, place, 4), LANES), CODES_OF)
+
+    def _product(self, total: ir.Value, fours: Sequence[ir.Value], codes: ir.Value) -> ir.Value:
+        """total + the products of four numbers of a row, of each plane, with those of a vector of tokens."""
+        e, (unsigned, *signed) = self.e, fours
+        if not signed:
+            return dot_bytes(e, total, unsigned, codes)
+        twos = dot_bytes(e, e.zeros(ir.VectorType(I16, 2 * LANES)), unsigned, signs_given(e, codes, *signed))
+        return e.b.add(total, sum_pairs(e, twos))
 
 
 def _tiling(kind: str, wide: bool) -> Any:

@@ -35,7 +35,7 @@ from npllm.backends.numba_cpu.vectors import (
     from_halves,
     rows_of,
     same,
-    store_rows,
+    store_each,
     totals,
 )
 
@@ -87,10 +87,10 @@ def dot_bytes(e: Emit, total: ir.Value, unsigned: ir.Value, signed: ir.Value) ->
     return e.b.add(total, _summed_anywhere(e, unsigned, signed))
 
 
-def sum_pairs(e: Emit, sums: ir.Value, times: int = 1) -> ir.Value:
-    """The sums of neighbouring lanes of 16 bits, so many times, in 32, where SIXTEEN."""
+def sum_pairs(e: Emit, sums: ir.Value) -> ir.Value:
+    """The sums of neighbouring lanes of 16 bits in 32, where SIXTEEN."""
     name = {8: "sse2.pmadd.wd", 16: "avx2.pmadd.wd", 32: "avx512.pmaddw.d.512"}[sums.type.count]
-    return e.call(f"llvm.x86.{name}", ir.VectorType(I32, sums.type.count // 2), sums, same(sums.type, times))
+    return e.call(f"llvm.x86.{name}", ir.VectorType(I32, sums.type.count // 2), sums, same(sums.type, 1))
 
 
 def _summed_anywhere(e: Emit, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
@@ -101,6 +101,11 @@ def _summed_anywhere(e: Emit, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
     products = [b.mul(*(b.sext(e.shuffle(x, x, range(odd, size, 2)), whole) for x in twos)) for odd in (0, 1)]
     pairs = b.add(*products)
     return b.add(*(e.shuffle(pairs, pairs, range(odd, size // 2, 2)) for odd in (0, 1)))
+
+
+def sizes_of(e: Emit, w: ir.Value) -> ir.Value:
+    """The absolute values of signed bytes, unsigned."""
+    return e.call(f"llvm.abs.v{w.type.count}i8", w.type, w, ir.Constant(ir.IntType(1), 0))
 
 
 def signs_given(e: Emit, x: ir.Value, w: ir.Value) -> ir.Value:
@@ -225,7 +230,7 @@ class _Rows:
         if len(self.parts) > 1:
             return [b.and_(stored, same(kind, 15)), b.lshr(stored, same(kind, 4))]
         if SIXTEEN:
-            return [self.e.call(f"llvm.abs.v{kind.count}i8", kind, stored, ir.Constant(ir.IntType(1), 0))]
+            return [sizes_of(self.e, stored)]
         return [b.xor(stored, same(kind, -128))]
 
     def _product(self, block: ir.Value, groups: int, i: int, stored: ir.Value, weights: Sequence[ir.Value]) -> ir.Value:
@@ -296,11 +301,21 @@ def packed(e: Emit, x: ir.Value, y: ir.Value) -> ir.Value:
 
 
 def _dot_abreast(e: Emit, kind: str, args: Sequence[ir.Value]) -> None:
-    """The products of ABREAST rows of weights with one row; as npllm.backends.numba_cpu.vectors has them."""
-    w, w_row, factors, factor_row, last, x, width, out, out_row = args
-    rows = rows_of(e, w, w_row, last, ABREAST), rows_of(e, factors, factor_row, last, ABREAST), [x], width
-    sums = _Pairs(e, kind, *rows).totals() if PAIRED and kind == "q4" else totals(e, _Rows(e, kind, *rows).sums())
-    store_rows(e, sums, out, out_row, last)
+    """The products of rows of weights in ABREAST places with one row; as npllm.backends.numba_cpu.vectors has them."""
+    w, w_apart, factors, factors_apart, last, w_row, factor_row, times, x, width, out, out_apart = args
+    places, scales = rows_of(e, w, w_apart, last, ABREAST), rows_of(e, factors, factors_apart, last, ABREAST)
+    to = rows_of(e, out, out_apart, last, ABREAST)
+
+    def body(i: ir.Value, values: list[Any]) -> list[ir.Value]:
+        weights, factors = (
+            [e.at(place, e.mul(row, i)) for place in each] for each, row in ((places, w_row), (scales, factor_row))
+        )
+        rows = weights, factors, [x], width
+        sums = _Pairs(e, kind, *rows).totals() if PAIRED and kind == "q4" else totals(e, _Rows(e, kind, *rows).sums())
+        store_each(e, sums, to, i)
+        return values
+
+    e.loop(times, [], body)
 
 
 @intrinsic
@@ -309,13 +324,17 @@ def quantise(typingctx, x, width):
 
 
 @intrinsic
-def abreast_q8(typingctx, w, w_row, factors, factor_row, last, x, width, out, out_row):
-    return emitting(types.void, 9, lambda e, args: _dot_abreast(e, "q8", args))
+def abreast_q8(
+    typingctx, w, w_apart, factors, factors_apart, last, w_row, factor_row, times, x, width, out, out_apart,
+):  # fmt: skip
+    return emitting(types.void, 12, lambda e, args: _dot_abreast(e, "q8", args))
 
 
 @intrinsic
-def abreast_q4(typingctx, w, w_row, factors, factor_row, last, x, width, out, out_row):
-    return emitting(types.void, 9, lambda e, args: _dot_abreast(e, "q4", args))
+def abreast_q4(
+    typingctx, w, w_apart, factors, factors_apart, last, w_row, factor_row, times, x, width, out, out_apart,
+):  # fmt: skip
+    return emitting(types.void, 12, lambda e, args: _dot_abreast(e, "q4", args))
 
 
 @intrinsic

@@ -21,9 +21,11 @@ from collections.abc import Callable
 from typing import Any
 
 import llvmlite
+import llvmlite.binding as llvm
 import numba
 from numba import types
 from numba.core.registry import cpu_target
+from numba.core.runtime import rtsys
 
 from npllm.backends.numba_cpu.features import choose
 from npllm.backends.numba_cpu.store import VARIABLE, Code, Store, reason
@@ -94,19 +96,22 @@ class Compiled:
         code = store().read(self.name)
         if code is None:
             return None
-        context = cpu_target.target_context
-        context.refresh()  # makes known what compiled code may call; without it, LLVM ends the process
-        self._alive = context.codegen().unserialize_library((code.library, "object", (code.object, code.bitcode)))
+        # Makes known what compiled code may call: without it, LLVM ends the process.
+        rtsys.initialize(cpu_target.target_context)
+        # Numba asks for the function's bitcode, too, in case that others are to be compiled into; its name is enough here.
+        named = llvm.parse_assembly(f'define void @"{code.symbol}"() {{ ret void }}').as_bitcode()
+        codegen = cpu_target.target_context.codegen()
+        self._alive = codegen.unserialize_library((code.library, "object", (code.object, named)))
         return int(self._alive.get_pointer_to_function(code.symbol))
 
     def _compile(self) -> int:
         say_that_it_compiles()
         compiled: Any = numba.cfunc(self.signature, **OPTIONS)(self.function)
         self._alive = compiled
-        library, _, (machine_code, bitcode) = compiled._library.serialize_using_object_code()
+        library, _, (machine_code, _) = compiled._library.serialize_using_object_code()
         # Said before: that it will compile again.
         with contextlib.suppress(OSError):
-            store().write(self.name, Code(library, compiled.native_name, bytes(machine_code), bytes(bitcode)))
+            store().write(self.name, Code(library, compiled.native_name, bytes(machine_code)))
         return int(compiled.address)
 
 

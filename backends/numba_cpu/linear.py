@@ -24,7 +24,7 @@ MATRIX, OUT, OUT_ROW, BIAS, RESIDUAL, RESIDUAL_ROW, OUTPUT_WORDS = range(7)
 
 # Bytes of weights, and rows, that a thread takes at a time at most where memory is the limit; and the parts at least, for
 # each thread, that a matrix then has, so that none waits long for another.
-STREAM, MOST_ROWS, SHARES = 1 << 18, 2048, 4
+STREAM, MOST_ROWS, SHARES = 1 << 19, 2048, 2
 
 
 # -- many tokens ------------------------------------------------------------------------------------------------------

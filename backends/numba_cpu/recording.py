@@ -15,6 +15,7 @@ import numpy as np
 
 from npllm.arrays import Array
 from npllm.backends.numba_cpu import tape
+from npllm.backends.numba_cpu.pool import Pool
 from npllm.cache import Keys, Rows
 
 # NumPy functions whose result is memory that nobody has written yet: playing them again would be idle.
@@ -28,6 +29,7 @@ class Recorder:
         self.calls: list[list[tape.Entry] | Callable[[], None]] = []
         # Kernels know arrays by their addresses only.
         self.kept: list[Any] = []
+        self.pool = Pool()
         self.problem = ""
 
     def plan(self, keys: Keys, rows: Rows) -> Array:
@@ -45,10 +47,18 @@ class Recorder:
         self.calls.append(function)
 
     def remember(self, array: Array) -> Recorded:
-        """`array` as one that remembers, in the same memory."""
+        """`array` as one that remembers, in the same memory, which it keeps."""
+        self.kept.append(array)
+        return self.part(array)
+
+    def lent(self, size: int) -> Recorded:
+        """So many bytes that remember, until the last array over them is gone: whoever plays the step writes them anew."""
+        return self.part(self.pool.take(size))
+
+    def part(self, array: Array) -> Recorded:
+        """`array`, over memory that is kept or lent already, as one that remembers."""
         recorded = array.view(Recorded)
         recorded.recorder = self
-        self.kept.append(array)
         return recorded
 
     def repeat(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -124,7 +134,7 @@ class Recorded(np.ndarray[Any, Any]):
         index = _plain(index)
         part = plain[index]
         if isinstance(part, np.ndarray) and np.may_share_memory(part, plain):
-            return self.recorder.remember(part)
+            return self.recorder.part(part)
         return self.recorder.repeat(np.ndarray.__getitem__, (plain, index), {})
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -148,7 +158,7 @@ class Recorded(np.ndarray[Any, Any]):
         plain = self.view(np.ndarray)
         shaped = plain.reshape(*args, **kwargs)
         if np.may_share_memory(shaped, plain):
-            return self.recorder.remember(shaped)
+            return self.recorder.part(shaped)
         return self.recorder.repeat(np.ndarray.reshape, (self, *args), kwargs)
 
     def tolist(self) -> Any:

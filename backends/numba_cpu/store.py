@@ -31,12 +31,11 @@ ENDING = ".code"
 
 
 class Code(NamedTuple):
-    """What a compiled function is loaded from again: names of its library and of its symbol, object code, bitcode."""
+    """What a compiled function is loaded from again: names of its library and of its symbol, object code."""
 
     library: str
     symbol: str
     object: bytes
-    bitcode: bytes
 
 
 class Store:

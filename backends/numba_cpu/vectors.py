@@ -131,9 +131,14 @@ class Emit:
         b.position_at_end(after)
         return values
 
-    def hidden(self, value: int) -> ir.Value:
-        """A number that LLVM does not know: a loop of so many turns stays one, and its sums in registers."""
-        return self.b.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [self.i64(value)], False)
+    def hidden(self, value: ir.Value | int) -> ir.Value:
+        """A number of which LLVM does not know where it comes from.
+
+        A loop of so many turns stays one, and its sums in registers; and addresses that step by it stay a base and an
+        offset, where LLVM would keep more pointers than there are registers.
+        """
+        given = self.i64(value) if isinstance(value, int) else value
+        return self.b.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [given], False)
 
     def shuffle(self, x: ir.Value, y: ir.Value, lanes: Sequence[int]) -> ir.Value:
         return self.b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes)))
@@ -390,17 +395,26 @@ def _dot_several(e: Emit, kind: str, together: int, tokens: int, args: Sequence[
 
 
 def _dot_abreast(e: Emit, kind: str, args: Sequence[ir.Value]) -> None:
-    """The products of ABREAST rows of weights, row i at `w + min(i, last) w_row`, with one token, `out_row` bytes apart."""
-    w, w_row, last, x, count, out, out_row = args
-    sums = _dots(e, kind, rows_of(e, w, w_row, last, ABREAST), [x], count)
-    singles = [e.b.extract_element(single, ir.Constant(I32, 0)) for single in sums[ABREAST:]]
-    store_rows(e, e.b.fadd(totals(e, sums[:ABREAST]), gathered(e, singles)), out, out_row, last)
+    """The products of `times` rows of weights in each of ABREAST places, which follow one another, with one token.
+
+    Place i is `w + min(i, last) w_apart`, and so those of the products.
+    """
+    w, w_apart, last, w_row, times, x, count, out, out_apart = args
+    places, to = rows_of(e, w, w_apart, last, ABREAST), rows_of(e, out, out_apart, last, ABREAST)
+
+    def body(i: ir.Value, values: list[Any]) -> list[ir.Value]:
+        sums = _dots(e, kind, [e.at(place, e.mul(w_row, i)) for place in places], [x], count)
+        singles = [e.b.extract_element(single, ir.Constant(I32, 0)) for single in sums[ABREAST:]]
+        store_each(e, e.b.fadd(totals(e, sums[:ABREAST]), gathered(e, singles)), to, i)
+        return values
+
+    e.loop(times, [], body)
 
 
-def store_rows(e: Emit, vector: ir.Value, out: ir.Value, out_row: ir.Value, last: ir.Value) -> None:
-    """Number i of a vector goes to `out + min(i, last) out_row`."""
-    for i, place in enumerate(rows_of(e, out, out_row, last, vector.type.count)):
-        e.store(e.b.extract_element(vector, ir.Constant(I32, i)), place, 4)
+def store_each(e: Emit, vector: ir.Value, places: Sequence[ir.Value], index: ir.Value) -> None:
+    """Each number of a vector becomes number `index` of a place."""
+    for i, place in enumerate(places):
+        e.store(e.b.extract_element(vector, ir.Constant(I32, i)), e.at(place, e.mul(index, 4)), 4)
 
 
 def rows_of(e: Emit, x: ir.Value, x_row: ir.Value, last: ir.Value, count: int) -> list[ir.Value]:
@@ -470,17 +484,19 @@ def _tile(e: Emit, pairs: bool, rows: int, vectors: int, args: Sequence[ir.Value
     old = [e.b.select(adds, e.load(VF, place, 4), e.zeros(VF)) for place in places]
 
     def body(k: ir.Value, values: list[Any]) -> list[ir.Value]:
-        row, offset, new = e.at(b, e.mul(k, b_step)), e.mul(k, a_step), []
-        e.prefetch(e.at(ahead, e.mul(k, ahead_step)))
+        row, offset, ahead, *sums = values
+        new = [e.hidden(e.at(place, step)) for place, step in ((row, b_step), (offset, a_step), (ahead, ahead_step))]
+        e.prefetch(ahead)
         columns = [e.load(vector, e.at(row, v * LANES * 4), 4) for v in range(vectors)]
         for m in range(rows):
             x = e.splat(e.load(scalar, e.at(starts[m], offset), 4), LANES)
             for v in range(vectors):
-                total = values[m * vectors + v]
+                total = sums[m * vectors + v]
                 new.append(multiplied_pairs(e, total, x, columns[v]) if pairs else e.fma(x, columns[v], total))
         return new
 
-    for place, value in zip(places, e.loop(count, old, body), strict=True):
+    last_ones = e.loop(count, [b, e.i64(0), ahead, *old], body)
+    for place, value in zip(places, last_ones[3:], strict=True):
         e.store(value, place, 4)
 
 
@@ -530,23 +546,23 @@ def dot_pairs(typingctx, w, x, count):
 
 
 @intrinsic
-def abreast_f32(typingctx, w, w_row, last, x, count, out, out_row):
-    return emitting(types.void, 7, lambda e, args: _dot_abreast(e, "f32", args))
+def abreast_f32(typingctx, w, w_apart, last, w_row, times, x, count, out, out_apart):
+    return emitting(types.void, 9, lambda e, args: _dot_abreast(e, "f32", args))
 
 
 @intrinsic
-def abreast_f16(typingctx, w, w_row, last, x, count, out, out_row):
-    return emitting(types.void, 7, lambda e, args: _dot_abreast(e, "f16", args))
+def abreast_f16(typingctx, w, w_apart, last, w_row, times, x, count, out, out_apart):
+    return emitting(types.void, 9, lambda e, args: _dot_abreast(e, "f16", args))
 
 
 @intrinsic
-def abreast_bf16(typingctx, w, w_row, last, x, count, out, out_row):
-    return emitting(types.void, 7, lambda e, args: _dot_abreast(e, "bf16", args))
+def abreast_bf16(typingctx, w, w_apart, last, w_row, times, x, count, out, out_apart):
+    return emitting(types.void, 9, lambda e, args: _dot_abreast(e, "bf16", args))
 
 
 @intrinsic
-def abreast_pairs(typingctx, w, w_row, last, x, count, out, out_row):
-    return emitting(types.void, 7, lambda e, args: _dot_abreast(e, "pairs", args))
+def abreast_pairs(typingctx, w, w_apart, last, w_row, times, x, count, out, out_apart):
+    return emitting(types.void, 9, lambda e, args: _dot_abreast(e, "pairs", args))
 
 
 @intrinsic

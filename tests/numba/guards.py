@@ -75,7 +75,7 @@ class Guarding:
 
 def install(side: str) -> None:
     """Move everything that kernels of this process will see, which computes with a single thread from now on."""
-    from npllm.backends.numba_cpu import base, tape, team
+    from npllm.backends.numba_cpu import base, pool, tape, team
     from npllm.cache import LayerCache
     from npllm.handles import Weight
     from npllm.testing.case import Case
@@ -87,7 +87,7 @@ def install(side: str) -> None:
         return guarded((length,), dtype, side, 64)
 
     team.cores = lambda: 1
-    team.aligned = base.aligned = aligned
+    team.aligned = base.aligned = pool.aligned = aligned
     base.np = Guarding(side)
     tape.bound = then(tape.bound, lambda bound: (move(bound[0]), bound[1]))
     Base: Any = base.Base

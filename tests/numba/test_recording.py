@@ -43,6 +43,19 @@ def test_what_numpy_did_is_done_again_with_other_numbers(way):
     np.testing.assert_array_equal(result.view(np.ndarray), way(memory))
 
 
+def test_what_nobody_holds_any_more_is_taken_by_the_next():
+    recorder = Recorder()
+    first, other = recorder.lent(64), recorder.lent(64)
+    part, place = first.view(np.float32).reshape(4, 4)[1:], first.ctypes.data
+    del first
+    assert recorder.lent(64).ctypes.data not in (place, other.ctypes.data), "a part of it is still seen"
+    del part
+    again = recorder.lent(64)
+    assert again.ctypes.data == place
+    assert again.ctypes.data % 64 == 0
+    assert recorder.lent(128).ctypes.data != place
+
+
 @pytest.mark.parametrize(
     "read",
     [lambda x: x.tolist(), lambda x: bool(x.any()), lambda x: x.item(0), lambda x: x.max(), lambda x: x.repeat(2)],
