@@ -2,7 +2,8 @@
 
 read_anonymous, read_mapped   bytes per second read from allocated memory, and from a mapped file in the page cache, by one
                               stream or by four of each thread, whichever is faster;
-read_sustained                the mean of a second of the former: what is left where others share the memory;
+read_sustained                the mean of a second of the former, about as long as engines are timed: what is left where
+                              others share the memory;
 float32, bfloat16, int8       operations per second of products and sums in registers (FMA, `vdpbf16ps`, `vpdpbusd`);
                               None where the CPU lacks the instruction, or NumPy stands in.
 """
@@ -158,9 +159,14 @@ def better(one: Limits, other: Limits) -> Limits:
     return {name: max(filter(None, (one.get(name), value)), default=None) for name, value in other.items()}
 
 
-def bandwidth(limits: Limits) -> float:
-    """Bytes per second: of allocated memory or of a mapped file, whichever is read faster."""
+def burst(limits: Limits) -> float:
+    """Bytes per second at best: of allocated memory or of a mapped file, whichever is read faster."""
     return max(limits[name] or 0.0 for name in READS)
+
+
+def bandwidth(limits: Limits) -> float:
+    """Bytes per second of reading for a second: where memory is shared, whatever takes as long cannot get more."""
+    return limits.get("read_sustained") or burst(limits)
 
 
 def peak(limits: Limits, dtype: str) -> float:

@@ -327,9 +327,15 @@ def target_lines(figures: dict[str, Any]) -> list[str]:
     for target in TARGETS:
         against = target.against or f"its limit ({'read bandwidth' if target.task == 'decode' else 'arithmetic'})"
         ratio = reached(figures, target)
-        shown = "not measured" if ratio is None else f"{ratio:.2f}"
-        lines.append(f"| {target.task}: {target.name} / {against} | {target.reach:.2f} | {shown} |")
+        lines.append(f"| {target.task}: {target.name} / {against} | {target.reach:.2f} | {shown(ratio)} |")
+        if target.task == "decode" and not target.against:
+            done, burst = achieved(figures, target.name, "decode"), limits.burst(figures["limits"])
+            lines.append(f"| the same / the fastest burst of reading | | {shown(done and done / burst)} |")
     return lines
+
+
+def shown(ratio: float | None) -> str:
+    return "not measured" if ratio is None else f"{ratio:.2f}"
 
 
 def notes(figures: dict[str, Any]) -> list[str]:

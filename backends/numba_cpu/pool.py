@@ -30,6 +30,6 @@ class Pool:
             self._blocks += free
         block = free.pop()
         # NumPy's views of views know the array that owns the memory, and nothing in between; a buffer they all keep.
-        lent = (ctypes.c_ubyte * size).from_buffer(block)
+        lent = (ctypes.c_ubyte * size).from_buffer(block.data)
         weakref.finalize(lent, free.append, block).atexit = False
-        return np.frombuffer(lent, np.uint8)
+        return np.frombuffer(memoryview(lent), np.uint8)
