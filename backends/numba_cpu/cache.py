@@ -100,5 +100,13 @@ class KernelCache(Cache):
         super().__init__(*args)
         self.recordings: dict[Any, Recording] = {}
 
+    def storage(self) -> list[Array]:
+        """The memory of all layers."""
+        return [stored for layer in self.layers for stored in layer.stored]
+
+    def layout(self) -> Any:
+        """What two caches have in common in which kernels find keys at the same places."""
+        return tuple((layer.spec, layer.kv_dtype, layer.compute_dtype, layer.size) for layer in self.layers)
+
     def _layer(self, spec: LayerSpec) -> KernelLayerCache:
         return KernelLayerCache(self.be, self.xp, spec, self.kv_dtype, self.compute_dtype)

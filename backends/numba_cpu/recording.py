@@ -8,7 +8,7 @@ arrays in any other way cannot be recorded, and says so; the caller then goes on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ class Recorder:
         # Kernels know arrays by their addresses only.
         self.kept: list[Any] = []
         self.pool = Pool()
+        # What functions of the interpreter read and write, apart from what is lent.
+        self.touched: list[Array] = []
         self.problem = ""
 
     def plan(self, keys: Keys, rows: Rows) -> Array:
@@ -65,6 +67,7 @@ class Recorder:
         """Call a NumPy function now, and at every playing with the same memory for its arguments and results."""
         args, kwargs = _plain(args), {name: _plain(value) for name, value in kwargs.items()}
         result = function(*args, **kwargs)
+        self.touched += [*_arrays(args), *_arrays(list(kwargs.values()))]
         if function not in EMPTY:
             self.call(_again(function, args, kwargs, result))
         return self._remembered(result)
@@ -89,6 +92,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(map(_plain, value))
     return value
+
+
+def _arrays(value: Any) -> Iterator[Array]:
+    """The arrays among arguments."""
+    if isinstance(value, np.ndarray):
+        yield value
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from _arrays(each)
 
 
 def _again(function: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> Callable[[], None]:
@@ -139,6 +151,8 @@ class Recorded(np.ndarray[Any, Any]):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         plain, index, value = self.view(np.ndarray), _plain(index), _plain(value)
+
+        self.recorder.touched += _arrays([plain, value])
 
         def assign() -> None:
             plain[index] = value

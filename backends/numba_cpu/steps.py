@@ -1,10 +1,11 @@
-"""`step`: a decode step is recorded at its first time, and played from then on."""
+"""`step`: a decode step is recorded at its first time, and played from then on, over any cache that is laid out alike."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import weakref
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from npllm import blocks
 from npllm.arrays import Array
 from npllm.backend import log_once
 from npllm.backends.numba_cpu import tape
-from npllm.backends.numba_cpu.base import Base, planned
+from npllm.backends.numba_cpu.base import Base, at, planned
 from npllm.backends.numba_cpu.cache import KernelCache, KernelLayerCache
 from npllm.backends.numba_cpu.recording import Recorder
 from npllm.backends.numba_cpu.sampling import Tops
@@ -33,6 +34,9 @@ SMALL_STEP = 1 << 23
 # Rows up to which a step takes its angles from those of this many positions, which are computed together.
 FEW, STRETCH = 8, 64
 
+# Recordings that are kept for caches to come.
+RECORDINGS = 8
+
 
 @functools.lru_cache(maxsize=256)
 def angles_of(rope: Rope, stretch: int, dtype: str) -> Angles:
@@ -43,58 +47,85 @@ def angles_of(rope: Rope, stretch: int, dtype: str) -> Angles:
 class StepRecorder(Recorder):
     """A recorder that knows which layer's keys attention reads, and so where their next plan comes from."""
 
-    def __init__(self, be: Base) -> None:
+    def __init__(self, be: Base, cache: KernelCache) -> None:
         super().__init__()
         self.be = copy.copy(be)
         self.be.recorder = self
-        self.layers: dict[int, KernelLayerCache] = {}
-        self.plans: dict[tuple[Any, int], tuple[KernelLayerCache, Array]] = {}
+        self.numbers = {id(layer): number for number, layer in enumerate(cache.layers)}
+        # What each layer gave attention to read, while the step is recorded.
+        self.layers: dict[int, tuple[Keys, KernelLayerCache]] = {}
+        self.plans: dict[tuple[Any, int], tuple[int, Array]] = {}
 
     def appended(self, keys: Keys, layer: KernelLayerCache) -> None:
-        self.kept.append(keys)
-        self.layers[id(keys)] = layer
+        self.layers[id(keys)] = keys, layer
 
     def plan(self, keys: Keys, rows: Rows) -> Array:
         """Layers whose queries see keys by the same rule share a plan."""
-        layer = self.layers.get(id(keys))
-        if layer is None:
+        if id(keys) not in self.layers:
             self.problem = self.problem or "attention reads keys that do not come from the cache"
             return planned(keys, rows)
+        _, layer = self.layers[id(keys)]
         kind = layer.spec.mask, layer.size
         if kind not in self.plans:
-            self.plans[kind] = layer, planned(keys, rows)
+            self.plans[kind] = self.numbers[id(layer)], planned(keys, rows)
         return self.plans[kind][1]
 
 
 class Recording:
     """A decode step over some slots of a cache, as it ran once."""
 
-    def __init__(self, be: Base, model: Model, rows: Rows, cache: KernelCache) -> None:
+    def __init__(self, be: Base, model: Model, rows: Rows) -> None:
         small = len(rows.slots) * model.parameters < SMALL_STEP
-        self.threads, self.cache = 1 if small else be.team_size, cache
-        self.storage = [layer.stored for layer in cache.layers]
+        self.threads, self.model = 1 if small else be.team_size, weakref.ref(model)
         self.tokens_M, self.positions_M = (np.zeros(len(rows.slots), np.int64) for _ in range(2))
-        self.recorder = StepRecorder(be)
 
-    def record(self, model: Model, tokens_M: Array, rows: Rows) -> Array:
+    def record(self, be: Base, model: Model, tokens_M: Array, rows: Rows, cache: KernelCache) -> Array:
         """Run the step -> logits_WN; `problem` then says whether it can be played."""
-        recorder = self.recorder
+        recorder = StepRecorder(be, cache)
         self.tokens_M[:], self.positions_M[:] = tokens_M, rows.positions_M
         rows = replace(rows, positions_M=recorder.remember(self.positions_M), wanted_W=None)
-        logits_WN = model.run(recorder.be, recorder.remember(self.tokens_M), rows, self.cache)
+        logits_WN = model.run(recorder.be, recorder.remember(self.tokens_M), rows, cache)
         self.logits_WN, self.calls, self.problem = logits_WN.view(np.ndarray), recorder.finished(), recorder.problem
+        self.kept, self.plans = (recorder.kept, recorder.pool), list(recorder.plans.values())
+        self._storage = [weakref.ref(stored) for stored in cache.storage()]
+        self._places = self._found(cache.storage())
+        # The interpreter's calls hold on to the arrays that they read.
+        self.shared = not any(np.may_share_memory(x, stored) for x in recorder.touched for stored in cache.storage())
+        # What remembers outlives the step; the cache need not.
+        recorder.layers.clear()
+        recorder.touched.clear()
         return self.logits_WN
 
-    def current(self) -> bool:
-        """Whether the cache's memory is where it was."""
-        return all(layer.stored is stored for layer, stored in zip(self.cache.layers, self.storage, strict=True))
+    def _found(self, storage: Sequence[Array]) -> list[tuple[Array, Array, Array, int]]:
+        """Where the tapes hold addresses of the cache's memory: a tape, its words, how far into which array they go.
 
-    def play(self, tokens_M: Array, rows: Rows) -> Array:
+        No other argument is as large a number as an address, and no other memory has one of these.
+        """
+        found = []
+        for words, _ in (call for call in self.calls if isinstance(call, tuple)):
+            for number, stored in enumerate(storage):
+                places = np.flatnonzero((words >= at(stored)) & (words < at(stored) + stored.nbytes))
+                if places.size:
+                    found.append((words, places, words[places] - at(stored), number))
+        return found
+
+    def reads(self, cache: KernelCache) -> bool:
+        """Whether it is this cache's memory that is read and written."""
+        return all(known() is stored for known, stored in zip(self._storage, cache.storage(), strict=True))
+
+    def bind(self, cache: KernelCache) -> None:
+        """Let it be that of another cache, which is laid out like the last one."""
+        storage = cache.storage()
+        self._storage = [weakref.ref(stored) for stored in storage]
+        for words, places, offsets, number in self._places:
+            words[places] = at(storage[number]) + offsets
+
+    def play(self, tokens_M: Array, rows: Rows, cache: KernelCache) -> Array:
         """The step with other tokens, at the rows' new positions -> logits_WN, in memory that the next one overwrites."""
         self.tokens_M[:], self.positions_M[:] = tokens_M, rows.positions_M
-        for layer, plan in self.recorder.plans.values():
-            plan[:] = planned(layer.keys(rows), rows)
-        for layer in self.cache.layers:
+        for number, plan in self.plans:
+            plan[:] = planned(cache.layers[number].keys(rows), rows)
+        for layer in cache.layers:
             layer.reach(rows)
         with np.errstate(over="ignore", invalid="ignore"):
             for call in self.calls:
@@ -102,7 +133,7 @@ class Recording:
                     tape.play(*call, self.threads)
                 else:
                     call()
-        self.cache.advance(rows)
+        cache.advance(rows)
         return self.logits_WN
 
 
@@ -113,6 +144,8 @@ class Steps(Tops):
         super().__init__(*args, **options)
         # Models of which a played step gave the bits of one that ran, by their identity and the number of rows.
         self._trusted: weakref.WeakValueDictionary[tuple[int, int], Model] = weakref.WeakValueDictionary()
+        # The latest recordings, by model, slots and layout of the cache.
+        self._recordings: OrderedDict[Any, Recording] = OrderedDict()
 
     def new_cache(self, specs: Sequence[LayerSpec], max_context: int, kv_dtype: str | None = None) -> Cache:
         return KernelCache(self, self.xp, specs, self.array_dtype, max_context, kv_dtype, self.available_memory)
@@ -145,24 +178,43 @@ class Steps(Tops):
         wanted = rows.wanted_W is not None and len(rows.wanted_W) == len(rows.counts)
         if self.dtype == "float64" or not isinstance(cache, KernelCache) or not wanted or set(rows.counts) != {1}:
             return None
-        key = id(model), rows.slots
-        recording = cache.recordings.get(key)
-        if recording is None or not recording.current():
-            cache.recordings[key] = recording = Recording(self, model, rows, cache)
-            return recording.record(model, state.tokens_M, rows)
+        recording = self._recording(model, rows, cache)
+        if recording is None:
+            cache.recordings[id(model), rows.slots] = recording = Recording(self, model, rows)
+            logits_WN = recording.record(self, model, state.tokens_M, rows, cache)
+            self._keep(recording, model, rows, cache)
+            return logits_WN
         if recording.problem:
             log_once(f"{self.name}.step runs every time: {recording.problem}")
             return None
-        return self._played(recording, model, state.tokens_M, rows)
+        return self._played(recording, model, state.tokens_M, rows, cache)
 
-    def _played(self, recording: Recording, model: Model, tokens_M: Array, rows: Rows) -> Array:
+    def _recording(self, model: Model, rows: Rows, cache: KernelCache) -> Recording | None:
+        """What there is for this cache, or for one that is laid out alike."""
+        own = cache.recordings.get((id(model), rows.slots))
+        if own is not None and own.model() is model and own.reads(cache):
+            return own
+        shared = self._recordings.get((id(model), rows.slots, cache.layout()))
+        if shared is None or shared.model() is not model:
+            return None
+        shared.bind(cache)
+        cache.recordings[id(model), rows.slots] = shared
+        return shared
+
+    def _keep(self, recording: Recording, model: Model, rows: Rows, cache: KernelCache) -> None:
+        if recording.shared:
+            self._recordings[id(model), rows.slots, cache.layout()] = recording
+            if len(self._recordings) > RECORDINGS:
+                self._recordings.popitem(last=False)
+
+    def _played(self, recording: Recording, model: Model, tokens_M: Array, rows: Rows, cache: KernelCache) -> Array:
         trust = id(model), len(rows.slots)
         if trust in self._trusted:
-            return recording.play(tokens_M, rows)
+            return recording.play(tokens_M, rows, cache)
         # Once for each model: what was missed in recording would be as it was at the first step.
         plain = replace(rows, wanted_W=None)
-        logits_WN = np.array(model.run(self, tokens_M, plain, recording.cache))
-        if np.array_equal(recording.play(tokens_M, rows).view(np.uint32), logits_WN.view(np.uint32)):
+        logits_WN = np.array(model.run(self, tokens_M, plain, cache))
+        if np.array_equal(recording.play(tokens_M, rows, cache).view(np.uint32), logits_WN.view(np.uint32)):
             self._trusted[trust] = model
         else:
             recording.problem = "a played step differs from one that ran"

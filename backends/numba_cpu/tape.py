@@ -47,7 +47,7 @@ def bound(entries: Sequence[Entry]) -> tuple[Array, int]:
         if small and len(each) > 1:
             each = [Entry(in_turn.address, in_turn.pack(len(each)) + _tape(each))]
         together += each
-    return np.frombuffer(_tape(together), np.int64), len(together)
+    return np.frombuffer(bytearray(_tape(together)), np.int64), len(together)
 
 
 def _tape(entries: Sequence[Entry]) -> bytes:

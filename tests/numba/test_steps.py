@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 
 import numpy as np
 import pytest
@@ -97,3 +99,52 @@ def test_what_a_recording_misses_is_found_at_the_second_step(monkeypatch, caplog
     with caplog.at_level(logging.INFO, "npllm"):
         assert llm.generate([5, 6], max_tokens=6, temperature=0, ignore_eos=True).tokens == expected
     assert "a played step differs" in caplog.text
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_recording_serves_every_cache_that_is_laid_out_alike(name, problems):
+    llm = random_model(name)
+    llm.backend._trusted = Never()
+    first, last, other = ([5, 9, 33, 7], [8, 30, 31], [11, 12, 13, 14, 15, 2])
+
+    def answers(llm):
+        one, two = llm.prompt_cache(), llm.prompt_cache()
+        steps_of = {"max_tokens": 7, "temperature": 0, "ignore_eos": True}
+        # Two caches in turn, the first of them twice.
+        asked = ((first, one), (other, two), (first + last, one))
+        return [llm.generate(ids, cache=cache, **steps_of).tokens for ids, cache in asked]
+
+    with_recordings, recorded = answers(llm), len(llm.backend._recordings)
+    assert recorded
+    assert answers(llm) == with_recordings
+    assert len(llm.backend._recordings) == recorded
+    llm.backend._recordings = Never()
+    assert answers(llm) == with_recordings
+    assert set(problems) == {""}
+
+
+def test_a_recording_that_the_interpreter_reads_the_cache_in_serves_that_cache_alone(monkeypatch, problems):
+    llm = random_model("qwen3")
+    attention = type(llm.backend).attention
+
+    def looks(self, q_MHK, keys, rows, **options):
+        out_MHV = attention(self, q_MHK, keys, rows, **options)
+        return out_MHV + 0 * np.max(keys.k_BSGK * out_MHV[0, 0, :1], axis=(0, 1, 2))[:1]
+
+    monkeypatch.setattr(type(llm.backend), "attention", looks)
+    llm.generate([5, 6], max_tokens=3, temperature=0, ignore_eos=True)
+    assert set(problems) == {""}
+    assert not llm.backend._recordings
+
+
+def test_a_recording_keeps_no_cache(monkeypatch):
+    llm, caches = random_model("deepseek_v3"), []
+    new_cache = type(llm.backend).new_cache
+    monkeypatch.setattr(type(llm.backend), "new_cache", lambda *args: caches.append(new_cache(*args)) or caches[-1])
+    llm.generate([5, 6], max_tokens=5, temperature=0, ignore_eos=True)
+    memory = [weakref.ref(stored) for cache in caches for stored in cache.storage()]
+    caches.clear()
+    gc.collect()
+    assert llm.backend._recordings
+    assert memory
+    assert not any(stored() is not None for stored in memory)
