@@ -165,7 +165,7 @@ def _attend(args, row, unit, space):
         _open(args, line, group, lane, end, wide, apart, places, lane - begin)
         lane += wide
     for key in range(near, far, BLOCK):
-        _meet(args, line, row, group, begin, end, key, min(far, key + BLOCK), places)
+        _meet(args, line, row, group, begin, end, key, min(far, key + BLOCK), far, places)
     lane = begin
     while lane < end:
         wide = panel_width(lane, end)
@@ -249,10 +249,14 @@ def _lanes_before(args, row):
 
 
 @inline
-def _meet(args, line, row, group, begin, end, key, stop, places):
-    """All panels of lanes begin..end meet the keys key..stop."""
+def _meet(args, line, row, group, begin, end, key, stop, far, places):
+    """All panels of lanes begin..end meet the keys key..stop, those of a block; the next one's are fetched meanwhile."""
     width, pairs = word(args, VALUE_WIDTH), PAIRS and word(args, PAIRED)
     k, k_row = _keys(args, line, row, group, key, stop, places[BLOCK_KEYS])
+    ahead = k + TILE_ROWS * k_row, k_row, 4 * TILE_ROWS
+    if k == places[BLOCK_KEYS] and stop < far:
+        entry, steps = word(args, KEY_ENTRY), (word(args, KEY_WIDTH) + pairs) // (1 + pairs)
+        ahead = entry_at(args, KEYS, line, row, group, stop)[0], entry, entry * TILE_ROWS // steps
     if not pairs and word(args, VALUES) == word(args, KEYS) and k_row % CROWDED:
         v, v_row = k, k_row
     else:
@@ -265,18 +269,20 @@ def _meet(args, line, row, group, begin, end, key, stop, places):
         near -= (near - key) % per_row
         far = min(stop, _seen(args, line, min(lane + wide, end) - 1)[1])
         if near < far:
-            count = _soft_tile(args, line, k + (near - key) * k_row, k_row, near, far, lane, end, wide, offset, places)
+            first, values = k + (near - key) * k_row, v + (near - key) // per_row * v_row
+            count = _soft_tile(args, line, first, k_row, near, far, lane, end, wide, offset, ahead, places)
             sums = places[SUMS] + offset * _rows_of_sums(width) * 4
-            spread(v + (near - key) // per_row * v_row, 4, v_row, width, places[TILE], wide, count, sums, 1, pairs)
+            beside = values + CACHE_LINE, 4, v_row
+            spread(values, 4, v_row, width, places[TILE], wide, count, sums, 1, pairs, beside)
         lane += wide
 
 
 @inline
-def _soft_tile(args, line, k, k_row, near, far, lane, end, wide, offset, places):
+def _soft_tile(args, line, k, k_row, near, far, lane, end, wide, offset, ahead, places):
     """The tile of exponentials of keys near..far, which lie at `k`, with a panel -> its rows of numbers, or of pairs."""
     width, pairs, tile = word(args, KEY_WIDTH), PAIRS and word(args, PAIRED), places[TILE]
     steps, queries, count = (width + 1) // 2 if pairs else width, places[PANELS] + offset * width * 4, far - near
-    spread(k, k_row, 4, count, queries, wide, steps, tile, 0, pairs)
+    spread(k, k_row, 4, count, queries, wide, steps, tile, 0, pairs, ahead)
     if real(args, CAP) != 0:
         capped(args, tile, count * wide, np.float32(real(args, SCALE)))
     last = min(lane + wide, end) - 1
@@ -308,36 +314,28 @@ def _soften(tile, wide, count, first, state, edge, sums, width, pairs):
 
 
 @inline
-def spread(a, a_row, a_step, rows, b, wide, count, c, add, pairs):
+def spread(a, a_row, a_step, rows, b, wide, count, c, add, pairs, ways):
     """c[rows, wide] (+)= a[rows, count] b[count, wide] with `a` spread over the lanes.
 
     Up to OVERHANG rows may be written behind the last of c. Numbers of `a` lie at `a + row a_row + step a_step`; with
-    `pairs` both are pairs of bf16.
+    `pairs` both are pairs of bf16. `ways` says what to fetch meanwhile, as in npllm.backends.numba_cpu.tiles.
     """
-    row = wide * 4
+    row, (ahead, ahead_row, ahead_step) = wide * 4, ways
     if wide == WIDE or TILE_WIDTH <= NARROW:
         for column in range(0, row, TILE_WIDTH * 4):
             for n in range(0, rows, TILE_ROWS):
-                at, to, last = a + n * a_row, c + n * row + column, rows - n - 1
-                then, step = _ahead(at, a_row, a_step, TILE_ROWS)
+                at, to, last, then = a + n * a_row, c + n * row + column, rows - n - 1, ahead + n * ahead_row
                 if PAIRS and pairs:
-                    tile_wide_pairs(at, a_row, a_step, last, b + column, row, count, to, row, add, then, step)
+                    tile_wide_pairs(at, a_row, a_step, last, b + column, row, count, to, row, add, then, ahead_step)
                 else:
-                    tile_wide(at, a_row, a_step, last, b + column, row, count, to, row, add, then, step)
+                    tile_wide(at, a_row, a_step, last, b + column, row, count, to, row, add, then, ahead_step)
         return
     for n in range(0, rows, 2 * TILE_ROWS):
-        at, to, last = a + n * a_row, c + n * row, rows - n - 1
-        then, step = _ahead(at, a_row, a_step, 2 * TILE_ROWS)
+        at, to, last, then = a + n * a_row, c + n * row, rows - n - 1, ahead + n * ahead_row
         if PAIRS and pairs:
-            tile_narrow_pairs(at, a_row, a_step, last, b, row, count, to, row, add, then, step)
+            tile_narrow_pairs(at, a_row, a_step, last, b, row, count, to, row, add, then, ahead_step)
         else:
-            tile_narrow(at, a_row, a_step, last, b, row, count, to, row, add, then, step)
-
-
-@inline
-def _ahead(at, a_row, a_step, rows):
-    """What a tile fetches for the next one, and how many bytes at each step: whole rows, or the columns beside its own."""
-    return (at + rows * a_row, 4 * rows) if a_step == 4 else (at + CACHE_LINE, a_step)
+            tile_narrow(at, a_row, a_step, last, b, row, count, to, row, add, then, ahead_step)
 
 
 @inline
