@@ -3,23 +3,20 @@
 //
 // Nothing is sorted. A set of likeliest tokens is all above some logit, and of those equal to it the first few (`Kept`). A
 // mass is exp((x - max) / temperature) in whole units of 2^-44, so that sums are exact and the same in any order. `crossing`
-// finds the logit at which the sum over all larger ones passes a target: in bins, then in the bins of a bin.
-#include "common.cuh"
+// finds the logit at which the sum over all larger ones passes a target: in bins of keys, then in the bins of a bin. Three times
+// over the logits are enough for all of float32.
+#include "history.cuh"
 
 #define THREADS 512
-#define BINS 2048
+#define BINS_LOG2 11
+#define BINS (1 << BINS_LOG2)
 #define UNIT 44
 #define ALL 0x7fffffffu
 
 // Of a part of a row whose largest logit is found.
 #define PART_THREADS 256
-#define LARGEST 3.402823466e38f
 
 typedef unsigned long long u64;
-
-// Numbers of a row's settings: 1 / temperature (0: the largest logit is taken), top_k, top_p, log(min_p), and what chance says,
-// in [0, 1).
-enum { SHARPNESS, TOP_K, TOP_P, LOG_MIN_P, CHANCE, SETTINGS };
 
 struct Kept {
     u32 cut;   // the key of the least logit that is kept
@@ -112,12 +109,6 @@ struct Row {
     }
 };
 
-// Never a lower bin than that of a smaller logit.
-__device__ __forceinline__ int bin_of(float x, double first, double scale) {
-    int bin = (int)(((double)x - first) * scale);
-    return bin < BINS ? bin : BINS - 1;
-}
-
 // The least key in low..high for which `holds`, which holds for all larger ones too; high + 1 where there is none.
 template <class Holds> __device__ u32 least_key(u32 low, u32 high, Holds holds) {
     for (high++; low < high;) {
@@ -132,14 +123,14 @@ template <class Holds> __device__ u32 least_key(u32 low, u32 high, Holds holds) 
 template <class Measure> __device__ __forceinline__ Crossing crossing(const Row &row, u32 low, u32 high, u64 want, Measure measure) {
     u64 above = 0;
     while (low < high) {
-        double first = float_of(low), scale = (BINS - 1) / ((double)float_of(high) - first);
+        int bits = max(0, 32 - BINS_LOG2 - __clz((int)(high - low)));
         __syncthreads();
         for (int b = threadIdx.x; b < BINS; b += THREADS) bins[b] = 0;
         __syncthreads();
         each_logit(row.logits, [=](float x, int) {
             u32 key = key_of(x);
             u64 amount = low <= key && key <= high ? measure(x) : 0;
-            if (amount) atomicAdd(&bins[bin_of(x, first, scale)], amount);
+            if (amount) atomicAdd(&bins[(key - low) >> bits], amount);
         });
         __syncthreads();
         if (WARP == 0) {
@@ -156,11 +147,9 @@ template <class Measure> __device__ __forceinline__ Crossing crossing(const Row 
             }
         }
         __syncthreads();
-        int bin = (int)found[0];
+        low += (u32)found[0] << bits;
+        high = min(high, low + (1u << bits) - 1);
         above = found[1];
-        u32 from = low, to = high;
-        low = least_key(from, to, [=](float x) { return bin_of(x, first, scale) >= bin; });
-        high = least_key(from, to, [=](float x) { return bin_of(x, first, scale) > bin; }) - 1;
     }
     return {low, above};
 }
@@ -247,8 +236,9 @@ extern "C" __global__ void __launch_bounds__(PART_THREADS) find_tops(const float
     if (threadIdx.x == 0) tops[blockIdx.y * gridDim.x + blockIdx.x] = best;
 }
 
+// A row that recalls what was said is told of its token: behind those that it was drawn by, wherever others may have been put.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(
-    const float *logits_WN, const u64 *tops, i64 parts, const double *settings_W, i64 *tokens_W) {
+    const float *logits_WN, const u64 *tops, i64 parts, const double *settings_W, Entry *entries, i64 room, i64 *tokens_W) {
     wait_for_inputs();
     release_dependents();
     const double *settings = settings_W + blockIdx.x * SETTINGS;
@@ -257,5 +247,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(
     Row row = {logits_WN + (i64)blockIdx.x * N, float_of((u32)(best >> 32)), settings[SHARPNESS]};
     int token = best == BROKEN ? -1 : (int)~(u32)best;
     if (best != BROKEN && row.sharpness > 0.0) token = draw(row, settings);
-    if (threadIdx.x == 0) tokens_W[blockIdx.x] = token;
+    if (threadIdx.x) return;
+    tokens_W[blockIdx.x] = token;
+    i64 known = (i64)(settings[BIASED] + settings[PROMPTED] + settings[SAID]);
+    if (entries && settings[RECALLED]) entries[blockIdx.x * room + known] = {token, 0};
 }
