@@ -1,4 +1,4 @@
-// adjust: logits as biases and penalties make them (npllm.sampling.adjusted), each step rounded to float32 as there: not fused.
+// adjust: logits as biases and penalties make them (npllm.sampling.adjusted); steps are rounded as there, one by one.
 #include "history.cuh"
 
 #define THREADS 256
@@ -7,8 +7,8 @@
 #define PART 1024
 #define PROMPT 0x80000000u
 
-// logits [W, width] -> adjusted [W, width]. A block takes PART logits of a row, and looks through all of the row's entries for
-// those that are about them. Logits that are not finite stay, for who draws to find.
+// logits [W, width] -> adjusted [W, width]. A block takes PART logits of a row, and looks through all of the row's entries
+// for those that are about them. Logits that are not finite stay, for who draws to find.
 extern "C" __global__ void __launch_bounds__(THREADS) adjust(
     const float *logits_WN, i64 width, const double *settings_W, const Entry *entries, i64 room, float *adjusted_WN) {
     __shared__ u32 uses[PART];

@@ -6,8 +6,8 @@
 #define WARPS 4
 #define THREADS (WARPS * 32)
 
-// Blocks that a multiprocessor shall have room for. Told of three, the compiler for sm_100 spills where FP8 meets eight tokens,
-// with registers to spare.
+// Blocks that a multiprocessor shall have room for. Told of three, the compiler for sm_100 spills where FP8 meets eight
+// tokens, with registers to spare.
 #define BLOCKS (FORMAT == F8 && TOKENS == 8 ? 2 : 3)
 
 // Numbers of a token that are staged at a time, and those that lie in 16 bytes of weights as PLANES groups of 4: group p of

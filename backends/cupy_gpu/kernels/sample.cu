@@ -1,10 +1,10 @@
-// sample: a token of each row of logits [W, N], by temperature, top-k, top-p and min-p as npllm.sampling has them. N is a macro.
+// sample: a token of each row of logits [W, N], by temperature, top-k, top-p and min-p as npllm.sampling has them. Macro: N.
 // A row that holds NaN or infinity gives the token -1. Many blocks find the largest logit of a row (`find_tops`), one draws.
 //
 // Nothing is sorted. A set of likeliest tokens is all above some logit, and of those equal to it the first few (`Kept`). A
 // mass is exp((x - max) / temperature) in whole units of 2^-44, so that sums are exact and the same in any order. `crossing`
-// finds the logit at which the sum over all larger ones passes a target: in bins of keys, then in the bins of a bin. Three times
-// over the logits are enough for all of float32.
+// finds the logit at which the sum over all larger ones passes a target: in bins of keys, then in the bins of a bin. Three
+// times over the logits are enough for all of float32.
 #include "history.cuh"
 
 #define THREADS 512
@@ -236,7 +236,7 @@ extern "C" __global__ void __launch_bounds__(PART_THREADS) find_tops(const float
     if (threadIdx.x == 0) tops[blockIdx.y * gridDim.x + blockIdx.x] = best;
 }
 
-// A row that recalls what was said is told of its token: behind those that it was drawn by, wherever others may have been put.
+// A row that recalls what was said gets the token behind those that it was drawn by, whatever lies there.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(
     const float *logits_WN, const u64 *tops, i64 parts, const double *settings_W, Entry *entries, i64 room, i64 *tokens_W) {
     wait_for_inputs();
