@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,13 @@ from npllm.generation import State
 from npllm.llm import LLM
 from npllm.models import interpret
 from npllm.sampling import Drawn, Sampler, Sampling
+from npllm.tokenizer import Tokenizer
 from tests.gpu.emulator import EmulatedBackend, Emulator
 from tests.gpu.emulator.arrays import STREAM, plain
 from tests.gpu.emulator.device import EmulatedTurn
 from tests.gpu.emulator.launches import Launches
 from tests.models import CONFIGS
+from tests.talker import make_talker
 
 PROMPTS = [[5, 9, 33, 7], [11], [200, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]]
 
@@ -447,6 +450,30 @@ def test_a_stream_that_is_closed_leaves_a_cache_that_can_be_cut_back(name: str) 
         output = llm.generate(prompt, cache=cache, **options)
         assert output.usage.cached_tokens == len(prompt) - 1, "a key is lost"
         assert output.tokens == llm.generate(prompt, **options).tokens
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3_text"])
+def test_a_stop_string_that_is_complete_while_a_step_is_under_way(name: str, tmp_path: Path) -> None:
+    """The answer ends there as it does without that step, others go on, and the cache has lost nothing by it."""
+    tokenizer = Tokenizer(make_talker(tmp_path))
+    letters = set(tokenizer.encode("abcdefghijklmnopqrstuvwxyz"))
+    banned = {token: -np.inf for token in range(CONFIGS[name]["vocab_size"]) if token not in letters}
+    options: dict[str, Any] = {"temperature": 1.0, "seed": 3, "logit_bias": banned, "ignore_eos": True}
+    whole = [each.text for each in model(name, tokenizer=tokenizer).generate(PROMPTS, max_tokens=13, **options)]
+    stop = whole[0][7:10]
+    wanted = [text.partition(stop)[0] for text in whole]
+    assert [len(text) for text in wanted] == [7, 13, 13]
+    for ahead in (True, False):
+        llm = model(name, ahead, tokenizer=tokenizer)
+        got = llm.generate(PROMPTS, max_tokens=13, stop=stop, **options)
+        assert [(each.text, each.stop) for each in got] == list(zip(wanted, (stop, None, None), strict=True))
+        cache = llm.prompt_cache()
+        said = llm.generate(PROMPTS[0], max_tokens=13, stop=stop, cache=cache, **options)
+        assert (said.text, len(said.tokens), len(STREAM.todo)) == (wanted[0], 10, 2 if ahead else 0)
+        prompt = [*PROMPTS[0], *said.tokens, 8]
+        more = llm.generate(prompt, max_tokens=9, cache=cache, **options)
+        assert more.usage.cached_tokens == len(prompt) - 2
+        assert more.text == llm.generate(prompt, max_tokens=9, **options).text
 
 
 def test_time_that_the_device_takes_counts_where_nobody_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
