@@ -6,8 +6,8 @@
 #define WARPS 4
 #define THREADS (WARPS * 32)
 
-// Blocks that a multiprocessor shall have room for. Told of three, the compiler for sm_100 spills where products are most, with
-// registers to spare.
+// Blocks that a multiprocessor shall have room for. Told of three, the compiler for sm_100 spills where products are most,
+// with registers to spare.
 #if PER * TOKENS >= 128 && __CUDA_ARCH__ >= 1000
 #define BLOCKS 2
 #else

@@ -28,7 +28,8 @@ struct Crossing {
     u64 above;  // the sum over all larger ones
 };
 
-__shared__ u64 bins[BINS];
+// Sums of bins, their low words and their high ones.
+__shared__ u32 bins[2][BINS];
 __shared__ u64 parts[THREADS / 32];
 __shared__ u64 found[2];
 
@@ -109,6 +110,14 @@ struct Row {
     }
 };
 
+// Shared memory has no sums of 64 bits, but these, which many threads may ask for at once without trying again and again.
+__device__ __forceinline__ void add_to_bin(int bin, u64 amount) {
+    u32 low = (u32)amount, high = (u32)(amount >> 32), before = atomicAdd(&bins[0][bin], low);
+    high += before + low < before;
+    if (high) atomicAdd(&bins[1][bin], high);
+}
+__device__ __forceinline__ u64 bin_sum(int bin) { return (u64)bins[1][bin] << 32 | bins[0][bin]; }
+
 // The least key in low..high for which `holds`, which holds for all larger ones too; high + 1 where there is none.
 template <class Holds> __device__ u32 least_key(u32 low, u32 high, Holds holds) {
     for (high++; low < high;) {
@@ -125,23 +134,23 @@ template <class Measure> __device__ __forceinline__ Crossing crossing(const Row 
     while (low < high) {
         int bits = max(0, 32 - BINS_LOG2 - __clz((int)(high - low)));
         __syncthreads();
-        for (int b = threadIdx.x; b < BINS; b += THREADS) bins[b] = 0;
+        for (int b = threadIdx.x; b < BINS; b += THREADS) bins[0][b] = bins[1][b] = 0;
         __syncthreads();
         each_logit(row.logits, [=](float x, int) {
             u32 key = key_of(x);
             u64 amount = low <= key && key <= high ? measure(x) : 0;
-            if (amount) atomicAdd(&bins[(key - low) >> bits], amount);
+            if (amount) add_to_bin((key - low) >> bits, amount);
         });
         __syncthreads();
         if (WARP == 0) {
             // The first lane has the largest logits.
             int stop = BINS - LANE * (BINS / 32);
             u64 mine = 0;
-            for (int b = stop - BINS / 32; b < stop; b++) mine += bins[b];
+            for (int b = stop - BINS / 32; b < stop; b++) mine += bin_sum(b);
             u64 upto = above + warp_upto(mine), before = upto - mine;
             if (before <= want && want < upto) {
                 int b = stop - 1;
-                for (; before + bins[b] <= want; b--) before += bins[b];
+                for (; before + bin_sum(b) <= want; b--) before += bin_sum(b);
                 found[0] = b;
                 found[1] = before;
             }
@@ -187,7 +196,21 @@ __device__ u64 mass_of(const Row &row, Kept kept) {
     return kept.ties == ALL ? total : total + kept.ties * row.mass(float_of(kept.cut));
 }
 
-__device__ __forceinline__ int draw(const Row &row, const double *settings) {
+// A key that `count` logits reach, or more: so many parts of the row do by their largest one. 0 where parts are fewer.
+__device__ __forceinline__ u32 reached_by(const u64 *tops, int parts, i64 count) {
+    __syncthreads();
+    if (threadIdx.x == 0) found[0] = 0;
+    __syncthreads();
+    for (int part = threadIdx.x; part < parts; part += THREADS) {
+        i64 larger = 0;
+        for (int other = 0; other < parts; other++) larger += tops[other] > tops[part];
+        if (larger == count - 1) found[0] = tops[part] >> 32;
+    }
+    __syncthreads();
+    return (u32)found[0];
+}
+
+__device__ __forceinline__ int draw(const Row &row, const double *settings, const u64 *tops, int parts) {
     double top_p = settings[TOP_P];
     i64 top_k = (i64)settings[TOP_K];
     u32 top = key_of(row.top);
@@ -195,7 +218,8 @@ __device__ __forceinline__ int draw(const Row &row, const double *settings) {
     auto mass = [=](float x) { return row.mass(x); };
     Kept kept = {key_of(-LARGEST), ALL};
     if (0 < top_k && top_k < N) {
-        Crossing at = crossing(row, kept.cut, top, top_k - 1, [](float) { return (u64)1; });
+        u32 low = max(kept.cut, reached_by(tops, parts, top_k));
+        Crossing at = crossing(row, low, top, top_k - 1, [](float) { return (u64)1; });
         kept = {at.key, (u32)(top_k - at.above)};
     }
     if (top_p < 1.0) {
@@ -243,10 +267,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(
     release_dependents();
     const double *settings = settings_W + blockIdx.x * SETTINGS;
     u64 best = 0;
-    for (i64 part = 0; part < parts; part++) best = max(best, tops[blockIdx.x * parts + part]);
+    tops += blockIdx.x * parts;
+    for (i64 part = 0; part < parts; part++) best = max(best, tops[part]);
     Row row = {logits_WN + (i64)blockIdx.x * N, float_of((u32)(best >> 32)), settings[SHARPNESS]};
     int token = best == BROKEN ? -1 : (int)~(u32)best;
-    if (best != BROKEN && row.sharpness > 0.0) token = draw(row, settings);
+    if (best != BROKEN && row.sharpness > 0.0) token = draw(row, settings, tops, (int)parts);
     if (threadIdx.x) return;
     tokens_W[blockIdx.x] = token;
     i64 known = (i64)(settings[BIASED] + settings[PROMPTED] + settings[SAID]);
