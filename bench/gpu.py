@@ -1,7 +1,7 @@
 """The CuPy backend on a GPU: every figure of it, in one run, with what was predicted before one was at hand.
 
 machine    read bandwidth (a kernel that reads 4 GiB and adds) and bf16 matmul rate (8192 cubed, by cuBLAS);
-decode     tokens per second and weight bytes per second of Qwen3 shapes, batch 1 and 8, and what the host does per token;
+decode     tokens per second and weight bytes per second of Qwen3 shapes, batch 1 and 8, greedy and drawn;
 prefill    4096 tokens at once, arithmetic over the matmul rate;
 mixture    the same of Qwen3-30B-A3B, by the bytes of the experts that a token is given;
 layers     mixtures and latent attention by the layer (bench.gpu_layers);
@@ -78,6 +78,9 @@ PREDICTED = {
     "DeepSeek-V2-Lite, decode at 8192, batch 32: bytes per second / bandwidth": 0.75,
     "DeepSeek-V3, decode at 8192, batch 32: arithmetic / matmul rate": 0.4,
 }
+
+# As Qwen3's generation_config.json has it, and a penalty besides.
+DRAWN: dict[str, Any] = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05, "seed": 1}
 
 READ = r"""
 extern "C" __global__ void read_all(const uint4* from, long long count, unsigned* out) {
@@ -189,14 +192,17 @@ def decode(this: Run, llm: LLM) -> Iterator[Figure]:
     yield Figure(f"{llm.name} decode, tokens/s", seconds[1], 0.0 if big else 1200.0)
     shown = f"{seconds[8]:.0f} tokens/s in all"
     yield Figure(f"{llm.name} decode, batch 8 / batch 1", seconds[8] / seconds[1], 6.0, shown=shown)
+    drawn = rate(this, llm, 1, **DRAWN)
+    shown = f"{drawn:.0f} tokens/s by top-k, top-p and a penalty"
+    yield Figure(f"{llm.name} decode, drawn / greedy", drawn / seconds[1], 0.0, shown=shown)
 
 
-def rate(this: Run, llm: LLM, batch: int) -> float:
+def rate(this: Run, llm: LLM, batch: int, **sampling: Any) -> float:
     """Tokens per second, of all rows together."""
-    prompts = [[7 + row] for row in range(batch)]
+    prompts, sampling = [[7 + row] for row in range(batch)], sampling or {"temperature": 0.0}
 
     def once() -> float:
-        outputs = llm.generate(prompts, max_tokens=this.new + 1, temperature=0, ignore_eos=True)
+        outputs = llm.generate(prompts, max_tokens=this.new + 1, ignore_eos=True, **sampling)
         return float(outputs[0].timings.generation_per_second)
 
     once()

@@ -1,14 +1,15 @@
 """From logits to a token: penalties, temperature, top-k, top-p, min-p, one random stream per row.
 
 The order is that of transformers and vLLM: bias and penalties on the logits, then the temperature, then top-k, top-p and
-min-p on what is left. Everything here works on one row's logits on the host, in float64.
+min-p on what is left. Everything here works on one row's logits on the host. What bends logits (`adjusted`) rounds to their
+own type, so that a device that does the same gets the same bits; what follows is in float64.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,6 +27,9 @@ BLOCK = 64
 
 # Far beyond any logit, and far from an overflow.
 LARGEST_BIAS = 1e30
+
+# What penalties and biases make of a logit lies between this and its negative, which is what a ban makes of it.
+LARGEST_LOGIT = float(np.finfo(np.float32).max)
 
 
 class Alternative(NamedTuple):
@@ -117,19 +121,24 @@ class Sampler:
         beyond = [token for token in sampling.logit_bias if token >= vocabulary]
         if beyond:
             raise ArgumentError(f"logit_bias: token id {beyond[0]} is beyond the vocabulary of {vocabulary}")
+        if list(sampling.logit_bias.values()).count(-math.inf) == vocabulary:
+            raise ArgumentError("logit_bias bans every token")
         self.random = np.random.default_rng([sampling.seed, stream])
         self._foreseen: deque[float] = deque()
-        self.seen = set(prompt)
+        self.prompted = frozenset(prompt)
+        self.said: list[int] = []
         self.counts: dict[int, int] = {}
 
     def draw(self, logits_N: Array) -> int:
         """The next token from one row of logits; NumericsError if they are not finite."""
         check_finite(logits_N)
-        return self.take(self._choose(self._adjusted(logits_N)))
+        if self.adjusts:
+            logits_N = adjusted(logits_N, self.sampling, self.prompted, self.counts)
+        return self.take(self._choose(logits_N))
 
     def take(self, token: int) -> int:
         """Remember a token that was drawn; -> the same."""
-        self.seen.add(token)
+        self.said.append(token)
         self.counts[token] = self.counts.get(token, 0) + 1
         return token
 
@@ -159,25 +168,6 @@ class Sampler:
         """Whether the next token is the first with the largest logit, whatever chance says."""
         return self.sampling.temperature == 0.0 and not self.adjusts
 
-    def _adjusted(self, logits_N: Array) -> Array:
-        s = self.sampling
-        if not self.adjusts:
-            return logits_N
-        logits_N = logits_N.astype(np.float64)
-        for token, bias in s.logit_bias.items():
-            logits_N[token] += bias
-        if s.logit_bias and logits_N.max() == -math.inf:
-            raise ArgumentError("logit_bias bans every token")
-        if s.repetition_penalty != 1.0:
-            seen = np.fromiter(self.seen, np.int64)
-            values = logits_N[seen]
-            logits_N[seen] = np.where(values > 0, values / s.repetition_penalty, values * s.repetition_penalty)
-        if self.counts and (s.presence_penalty or s.frequency_penalty):
-            said = np.fromiter(self.counts, np.int64)
-            times = np.fromiter(self.counts.values(), np.float64)
-            logits_N[said] -= s.presence_penalty + s.frequency_penalty * times
-        return logits_N
-
     def _choose(self, logits_N: Array) -> int:
         s = self.sampling
         if s.temperature == 0.0:
@@ -186,6 +176,29 @@ class Sampler:
         mass = np.cumsum(weights)
         index = np.searchsorted(mass, self.chance() * mass[-1], side="right")
         return int(tokens[min(int(index), len(tokens) - 1)])
+
+
+def adjusted(logits_N: Array, sampling: Sampling, prompted: Collection[int], counts: Mapping[int, int]) -> Array:
+    """Logits as bias and penalties make them, in their own type; each step is rounded to it once.
+
+    `prompted`: tokens of the prompt; `counts`: how often each token of the answer was said. A token's bias is added first;
+    if it was seen at all, the repetition penalty divides it if it is positive and multiplies it if not; if it was said,
+    `presence_penalty + frequency_penalty * times` is subtracted. In the end a logit is cut to what float32 can hold: one
+    that is banned is the least of these.
+    """
+    s, logits_N = sampling, logits_N.copy()
+    biased = np.fromiter(s.logit_bias, np.int64)
+    logits_N[biased] += np.fromiter(s.logit_bias.values(), logits_N.dtype)
+    with np.errstate(over="ignore"):
+        if s.repetition_penalty != 1.0:
+            seen = np.fromiter({*prompted, *counts}, np.int64)
+            values, penalty = logits_N[seen], logits_N.dtype.type(s.repetition_penalty)
+            logits_N[seen] = np.where(values > 0, values / penalty, values * penalty)
+    if counts and (s.presence_penalty or s.frequency_penalty):
+        said, times = np.fromiter(counts, np.int64), np.fromiter(counts.values(), logits_N.dtype)
+        presence, frequency = logits_N.dtype.type(s.presence_penalty), logits_N.dtype.type(s.frequency_penalty)
+        logits_N[said] -= presence + frequency * times
+    return np.clip(logits_N, -LARGEST_LOGIT, LARGEST_LOGIT)
 
 
 def candidates(logits_N: Array, sampling: Sampling) -> tuple[Array, Array]:

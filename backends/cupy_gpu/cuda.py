@@ -271,6 +271,12 @@ class CudaTurn:
             self._give_back()
 
 
+class Threads(threading.local):
+    """What each thread does: whether it captures. Others may go on meanwhile."""
+
+    capturing = False
+
+
 class Cuda(Device):
     """The current GPU."""
 
@@ -285,7 +291,7 @@ class Cuda(Device):
         self.multiprocessors = int(properties["multiProcessorCount"])
         self.shared_limit = int(properties["sharedMemPerBlockOptin"])
         self.dependent = self.architecture >= 90 and os.environ.get("NPLLM_PDL") != "0"
-        self.capturing = False
+        self.thread = Threads()
         self._driver = driver_library()
         self._staging, self._small = Staging(self.cupy, *LARGE), Staging(self.cupy, *SMALL)
         self._landings: list[Landing] = []
@@ -303,7 +309,7 @@ class Cuda(Device):
 
     def _not_while_capturing(self) -> None:
         """CannotCaptureError: a graph would copy what pinned memory holds when it is launched, not what it holds now."""
-        if self.capturing:
+        if self.thread.capturing:
             raise CannotCaptureError("numbers of the host go to the GPU")
 
     def upload(self, array: Array) -> Array:
@@ -362,7 +368,7 @@ class Cuda(Device):
         attribute = Attribute(PROGRAMMATIC_STREAM_SERIALIZATION)
         attribute.value[0] = 1
         stream = self.cupy.cuda.get_current_stream().ptr
-        dependent = int(self.dependent and self.capturing)
+        dependent = int(self.dependent and self.thread.capturing)
         configuration = Configuration(*grid, block, 1, 1, shared, stream, ctypes.pointer(attribute), dependent)
         self._check(self._driver.cuLaunchKernelEx(ctypes.byref(configuration), function, packed.pointers, None), kernel)
 
@@ -373,17 +379,35 @@ class Cuda(Device):
             name = ctypes.c_char_p()
             self._driver.cuGetErrorName(status, ctypes.byref(name))
             where = "" if kernel is None else f" at {kernel.file}: {kernel.name}"
-            raise BackendError(f"the GPU's driver says {(name.value or b'error').decode()} ({status}){where}")
+            kind = CannotCaptureError if self.thread.capturing else BackendError
+            raise kind(f"the GPU's driver says {(name.value or b'error').decode()} ({status}){where}")
 
     def capture(self, function: Callable[[], Array]) -> tuple[CudaGraph, Array]:
+        try:
+            return self._captured(function)
+        except CannotCaptureError as error:
+            if not self.dependent:
+                raise
+            # A driver that knows dependent launch need not know it in graphs.
+            self.dependent = False
+            try:
+                made = self._captured(function)
+            except CannotCaptureError:
+                self.dependent = True
+                raise
+            log_once(f"cupy: kernels of a step do not overlap: {error}")
+            return made
+
+    def _captured(self, function: Callable[[], Array]) -> tuple[CudaGraph, Array]:
         # What the graph writes must never be given to others: it has a memory pool of its own, kept with it.
         pool = self.cupy.cuda.MemoryPool()
-        stream = self.cupy.cuda.Stream()
+        # The default stream would wait for another kind of stream, and a capture fails where anybody waits for it.
+        stream = self.cupy.cuda.Stream(non_blocking=True)
         self.cupy.cuda.get_current_stream().synchronize()
         with stream, self.cupy.cuda.using_allocator(pool.malloc), self.guarded():
             # Relaxed: the pool may have to ask for memory meanwhile.
             stream.begin_capture(self.cupy.cuda.runtime.streamCaptureModeRelaxed)
-            self.capturing = True
+            self.thread.capturing = True
             try:
                 result = function()
             except BaseException as error:
@@ -392,7 +416,7 @@ class Cuda(Device):
                     raise CannotCaptureError(str(error)) from None
                 raise
             finally:
-                self.capturing = False
+                self.thread.capturing = False
             try:
                 graph = stream.end_capture()
             except (RuntimeError, self.cupy.cuda.runtime.CUDARuntimeError) as error:

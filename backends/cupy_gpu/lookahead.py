@@ -12,6 +12,7 @@ row, which lies behind the row's end and is overwritten before it can be seen, a
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,6 +24,8 @@ from npllm.cache import Ints, Rows
 
 if TYPE_CHECKING:
     from npllm.backends.cupy_gpu.steps import Step
+    from npllm.generation import State
+    from npllm.sampling import Sampler
 
 
 class Ahead(NamedTuple):
@@ -32,12 +35,15 @@ class Ahead(NamedTuple):
     slots: Ints
     starts: Ints
     settings_WS: Array
+    samplers: Sequence[Sampler]
     logprobs: bool
     turn: Turn
     tokens: Sequence[int] = ()
 
-    def is_for(self, step: Step, rows: Rows, tokens: Sequence[int], settings_WS: Array, logprobs: bool) -> bool:
+    def is_for(self, step: Step, rows: Rows, tokens: Sequence[int], settings_WS: Array, state: State) -> bool:
         """Whether this is the step of these rows, tokens and draws, with the logits where they are asked for."""
         mine = self.slots, self.starts, self.tokens, self.logprobs
-        same = self.step is step and mine == (rows.slots, rows.starts, tokens, logprobs)
-        return same and np.array_equal(self.settings_WS, settings_WS)
+        same = self.step is step and mine == (rows.slots, rows.starts, tokens, state.logprobs)
+        # What a sampler has seen is in no setting.
+        known = len(self.samplers) == len(state.samplers) and all(map(operator.is_, self.samplers, state.samplers))
+        return same and known and np.array_equal(self.settings_WS, settings_WS)

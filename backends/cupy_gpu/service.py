@@ -132,7 +132,8 @@ class Service(Draws):
             tokens_M = be.asarray([0] * sum(plan.counts), dtype="int64")
             logits_WN = model.run(be, tokens_M, plan, cache)
             if be.dtype != "float64" and model.config.vocab_size < MOST_LOGITS:
-                be.sample(logits_WN, be.empty(rows, SETTINGS, dtype="float64"), be.empty(rows, dtype="int64"))
+                settings_WS, entries_WT2 = be.empty(rows, SETTINGS, dtype="float64"), be.empty(rows, 1, 2, dtype="int32")
+                be.sample(logits_WN, settings_WS, be.empty(rows, dtype="int64"), entries_WT2)
         return set(listing.wanted)
 
     def _usual(self) -> Iterator[Model]:

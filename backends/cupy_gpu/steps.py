@@ -19,15 +19,19 @@ from npllm.backend import log_once
 from npllm.backends.cupy_gpu.base import PLAN, planned
 from npllm.backends.cupy_gpu.cache import DeviceCache, DeviceLayerCache, DeviceRows
 from npllm.backends.cupy_gpu.device import CannotCaptureError, Device, Graph, Turn
+from npllm.backends.cupy_gpu.history import History
 from npllm.backends.cupy_gpu.lookahead import Ahead
 from npllm.backends.cupy_gpu.sampling import SETTINGS, Draws, settings_of
 from npllm.cache import Cache, Keys, LayerSpec, Rows
 from npllm.errors import MemoryLimitError
-from npllm.sampling import Drawn
+from npllm.sampling import Drawn, Sampler
 
 if TYPE_CHECKING:
     from npllm.generation import State
     from npllm.model import Model
+
+# Tokens that are drawn at most before the host has learned of the first of them.
+AHEAD = 2
 
 # The slot of a row that stands only for room in a graph: it has no keys, and stores none.
 NOBODY = -1
@@ -41,9 +45,11 @@ class StepRows(Rows):
 
 
 class Step:
-    """A decode step over a cache, for up to so many rows."""
+    """A decode step over a cache, for up to so many rows; with a history where any of them has penalties or biases."""
 
-    def __init__(self, device: Device, model: Model, cache: DeviceCache, room: int) -> None:
+    def __init__(
+        self, device: Device, model: Model, cache: DeviceCache, room: int, adjusting: Sequence[Sampler] = ()
+    ) -> None:
         self.device, self.model, self.cache, self.room = device, model, cache, room
         self.storage = [layer.stored for layer in cache.layers]
         self.kinds = list({(layer.spec.mask, layer.size): layer for layer in cache.layers}.items())
@@ -54,10 +60,13 @@ class Step:
         self.logits_WN: Array | None = None
         self.runs, self.problem = 0, ""
         self.looks_ahead = cache.be.looks_ahead
+        # No row gets more tokens than the cache has room for, before it moves.
+        self.history = History(device, adjusting, room, cache.size + AHEAD) if adjusting else None
 
-    def current(self) -> bool:
-        """Whether the cache's memory is where it was."""
-        return all(layer.stored is stored for layer, stored in zip(self.cache.layers, self.storage, strict=True))
+    def serves(self, samplers: Sequence[Sampler]) -> bool:
+        """Whether the cache's memory is where it was, and that of the history has room for these rows."""
+        held = self.history is None or self.history.holds(samplers, AHEAD)
+        return held and all(now is then.stored for then, now in zip(self.cache.layers, self.storage, strict=True))
 
     @property
     def tokens_M(self) -> Array:  # noqa: N802
@@ -80,8 +89,10 @@ class Step:
             rows.slots + (NOBODY,) * idle, rows.starts + (0,) * idle, (1,) * self.room, self.positions_M, None, self
         )
 
-    def fill(self, tokens: Sequence[int] | None, rows: Rows, settings_WS: Array | None) -> None:
+    def fill(self, tokens: Sequence[int] | None, rows: Rows, settings_WS: Array | None, samplers: Sequence[Sampler]) -> None:
         """Put what differs from step to step into the buffer. Without tokens, those stay that the step before drew."""
+        if tokens is not None and self.history is not None:
+            self.history.tell(samplers)
         for layer in self.cache.layers:
             layer.reach(rows)
         values = np.zeros(len(self.buffer), np.int64)
@@ -128,14 +139,14 @@ class Steps(Draws):
 
     def step(self, model: Model, state: State, /) -> Drawn:
         settings_WS = self.settings(state, model.config.vocab_size)
-        step = self._step_of(model, state)
+        step = self._step_of(model, state, settings_WS is not None and any(each.adjusts for each in state.samplers))
         if step is None:
             logits_WN = model.run(self, self.asarray(state.tokens_M), state.rows, state.cache)
             return self.drawn(logits_WN, state, settings_WS)
         if step.graph is not None and settings_WS is not None:
             return self._with_the_next(step, state, settings_WS)
         with self.limited(len(state.rows.slots), model.parameters):
-            step.fill(state.tokens_M.tolist(), state.rows, settings_WS)
+            step.fill(state.tokens_M.tolist(), state.rows, settings_WS, state.samplers)
             if step.graph is None:
                 tokens_W = self._first(step, state, settings_WS)
             else:
@@ -145,20 +156,25 @@ class Steps(Draws):
         logits_WN = step.logits_WN[: len(state.samplers)]
         if settings_WS is None:
             return self.drawn(logits_WN, state, None)
-        return self.taken(tokens_W, self.to_numpy(logits_WN) if state.logprobs else None, state.samplers)
+        shown_WN = self.to_numpy(logits_WN) if state.logprobs else None
+        return self.taken(tokens_W, shown_WN, state.samplers, history=step.history)
 
     def drawn(self, logits_WN: Array, state: State, settings_WS: Array | None) -> Drawn:
         """A token for each row that wants one."""
         if settings_WS is not None:
-            tokens_W = self.empty(len(settings_WS), dtype="int64")
-            self.sample(logits_WN, self.device.upload(settings_WS), tokens_W)
+            tokens_W, entries_WT2 = self.empty(len(settings_WS), dtype="int64"), None
+            if any(sampler.adjusts for sampler in state.samplers):
+                history = History(self.device, state.samplers, len(state.samplers), 1)
+                history.tell(state.samplers)
+                entries_WT2 = history.entries_WT2
+            self.sample(logits_WN, self.device.upload(settings_WS), tokens_W, entries_WT2)
             shown_WN = self.to_numpy(logits_WN) if state.logprobs else None
             return self.taken(self.to_numpy(tokens_W), shown_WN, state.samplers)
         logits_WN = self.to_numpy(logits_WN)
         tokens = [sampler.draw(logits_N) for sampler, logits_N in zip(state.samplers, logits_WN, strict=True)]
         return Drawn(np.array(tokens, dtype=np.int64), logits_WN if state.logprobs else None)
 
-    def _step_of(self, model: Model, state: State) -> Step | None:
+    def _step_of(self, model: Model, state: State, adjusting: bool) -> Step | None:
         """The step of so many rows with one token each; None where it is another kind, or cannot be captured."""
         rows, cache = state.rows, state.cache
         if self.dtype == "float64" or not isinstance(cache, DeviceCache) or not isinstance(rows, DeviceRows):
@@ -166,11 +182,11 @@ class Steps(Draws):
         if rows.ends is None or len(rows.ends) < len(rows.counts) or set(rows.counts) != {1}:
             return None
         room = 1 << (len(rows.slots) - 1).bit_length()
-        key = id(model), room
+        key = id(model), room, adjusting
         step = cache.steps.get(key)
-        if step is None or not step.current():
+        if step is None or not step.serves(state.samplers):
             cache.steps.pop(key, None)
-            cache.steps[key] = step = Step(self.device, model, cache, room)
+            cache.steps[key] = step = Step(self.device, model, cache, room, state.samplers if adjusting else ())
         if step.problem:
             log_once(f"{self.name}.step runs every time: {step.problem}")
             return None
@@ -180,14 +196,14 @@ class Steps(Draws):
         """A captured step, and the one after it launched before this one's tokens are waited for."""
         rows, tokens = state.rows, state.tokens_M.tolist()
         assert isinstance(rows, DeviceRows)
-        if rows.ahead is not None and rows.ahead.is_for(step, rows, tokens, settings_WS, state.logprobs):
+        if rows.ahead is not None and rows.ahead.is_for(step, rows, tokens, settings_WS, state):
             turn = rows.ahead.turn
         else:
-            turn = self._played(step, tokens, rows, settings_WS, state.logprobs)
+            turn = self._played(step, tokens, rows, settings_WS, state)
         step.cache.advance(rows)
         ahead = self._ahead(step, rows.moved(1), state)
         (tokens_W, *logits), seconds = turn.wait()
-        drawn = self.taken(tokens_W, logits[0] if logits else None, state.samplers, seconds)
+        drawn = self.taken(tokens_W, logits[0] if logits else None, state.samplers, seconds, step.history)
         step.cache.ahead = ahead and ahead._replace(tokens=drawn.tokens_W.tolist())
         return drawn
 
@@ -197,23 +213,21 @@ class Steps(Draws):
             return None
         settings_WS = settings_of(state.samplers, 1)
         try:
-            turn = self._played(step, None, rows, settings_WS, state.logprobs)
+            turn = self._played(step, None, rows, settings_WS, state)
         except MemoryLimitError:
             # Nobody has asked for it yet, and the tokens of the step before it are on their way.
             step.looks_ahead = False
             return None
-        return Ahead(step, rows.slots, rows.starts, settings_WS, state.logprobs, turn)
+        return Ahead(step, rows.slots, rows.starts, settings_WS, state.samplers, state.logprobs, turn)
 
-    def _played(
-        self, step: Step, tokens: Sequence[int] | None, rows: DeviceRows, settings_WS: Array, logprobs: bool
-    ) -> Turn:
+    def _played(self, step: Step, tokens: Sequence[int] | None, rows: DeviceRows, settings_WS: Array, state: State) -> Turn:
         """The captured step once more; without tokens, with those that the launch before it draws."""
         assert step.graph is not None
         assert step.logits_WN is not None
         with self.limited(len(rows.slots), step.model.parameters):
-            step.fill(tokens, rows, settings_WS)
+            step.fill(tokens, rows, settings_WS, state.samplers)
             results = [step.tokens_M, step.logits_WN[: len(rows.slots)]]
-            return self.device.turn(step.graph, results if logprobs else results[:1])
+            return self.device.turn(step.graph, results if state.logprobs else results[:1])
 
     def _forward(self, step: Step, rows: Rows) -> Array:
         """The step's logits [room, N]; its tokens are drawn."""
@@ -222,7 +236,8 @@ class Steps(Draws):
         step.kept.clear()
         logits_WN = model.architecture.forward(self, model.config, model.weights, step.tokens_M, step.rows(rows), step.cache)
         logits_WN = self.plain(logits_WN)
-        self.sample(logits_WN, step.settings_WS, step.tokens_M)
+        entries_WT2 = None if step.history is None else step.history.entries_WT2
+        self.sample(logits_WN, step.settings_WS, step.tokens_M, entries_WT2)
         return logits_WN
 
     def _first(self, step: Step, state: State, settings_WS: Array | None) -> Array:
@@ -240,13 +255,13 @@ class Steps(Draws):
         assert step.logits_WN is not None
         want_WN = self.to_numpy(step.logits_WN)[:W]
         try:
-            step.fill(state.tokens_M.tolist(), state.rows, settings_WS)
+            step.fill(state.tokens_M.tolist(), state.rows, settings_WS, state.samplers)
             graph, logits_WN = self.device.capture(lambda: self._forward(step, state.rows))
         except CannotCaptureError as error:
             step.problem = str(error)
             return
         # The step that ran has drawn, and its tokens lie in the place of those that it was given.
-        step.fill(state.tokens_M.tolist(), state.rows, settings_WS)
+        step.fill(state.tokens_M.tolist(), state.rows, settings_WS, state.samplers)
         graph.launch()
         if np.array_equal(self.to_numpy(logits_WN)[:W], want_WN, equal_nan=True):
             step.graph, step.logits_WN = graph, logits_WN

@@ -50,7 +50,7 @@ def variants() -> dict[str, list[dict[str, int]]]:
         "widen.cu": by_format, "heads.cu": kept, "elementwise.cu": [{}], "latent.cu": [{}],
         "absorb.cu": absorbed, "latent_attention.cu": latent,
         "moe_few.cu": [{"FORMAT": f, "TOKENS": 1, "ROWS": r} for f, r in product(formats, (2, 4))], "moe_many.cu": tiles,
-        "moe_plan.cu": [{}], "route.cu": [{}], "route_few.cu": few, "sample.cu": [{"N": 151936}],
+        "moe_plan.cu": [{}], "route.cu": [{}], "route_few.cu": few, "adjust.cu": [{}], "sample.cu": [{"N": 151936}],
     }  # fmt: skip
 
 

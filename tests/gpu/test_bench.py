@@ -29,7 +29,7 @@ def test_every_group_runs() -> None:
     this = gpu.Run(EmulatedBackend("bfloat16"), gpu.Machine(1e12, 1e14), 1, 3, 20, models, True)
     figures, failures = gpu.collected(this, [])
     assert set(failures) <= {f"{name} peers" for name in models}, failures
-    assert len([figure for figure in figures if "transformers" not in figure.name]) == 4 + 1 + 2 + 4
+    assert len([figure for figure in figures if "transformers" not in figure.name]) == 5 + 1 + 2 + 4
     assert all(figure.value > 0 for figure in figures)
     shown = gpu.table(gpu.written(this, figures, failures, {}))
     assert "| Qwen3-8B tiny decode, batch 8 / batch 1 | at least 6 |" in shown

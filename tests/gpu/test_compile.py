@@ -26,6 +26,12 @@ def test_all_files_are_here() -> None:
 
 
 @pytest.mark.parametrize("file", VARIANTS)
+def test_comments_keep_to_the_line(file: str) -> None:
+    long = [line for line in source(file).splitlines() if line.lstrip().startswith("//") and len(line) > 125]
+    assert not long
+
+
+@pytest.mark.parametrize("file", VARIANTS)
 def test_every_kernel_waits_for_its_inputs(file: str) -> None:
     """Before any way out: what comes after a grid counts on all that came before it."""
     bodies = re.split(r'^extern "C" __global__ void ', source(file), flags=re.MULTILINE)[1:]

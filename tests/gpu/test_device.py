@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import ctypes
 import logging
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +23,7 @@ from npllm import registry
 from npllm.arrays import Array
 from npllm.backend import log_once
 from npllm.backends.cupy_gpu import cuda
+from npllm.backends.cupy_gpu.device import CannotCaptureError
 from npllm.errors import BackendError, MemoryLimitError
 from npllm.registry import get_backend
 
@@ -229,6 +232,102 @@ def test_steps_that_follow_each_other_take_turns_with_two_landings() -> None:
         turn, ahead = ahead, cuda.CudaTurn(cupy, landings, graph, [on_device(memory)])
         turn.wait()
     assert cupy.allocated == 2
+
+
+class Capturing:
+    """A CuPy whose streams capture what `refuses` does not say no to, when the capture ends or when a kernel is launched."""
+
+    def __init__(self, refuses: Callable[[], bool]) -> None:
+        nothing, cupy = contextlib.nullcontext(), self
+        self.ended = 0
+
+        class Stream(contextlib.nullcontext):  # type: ignore[type-arg]
+            ptr = 0
+
+            def __init__(self, non_blocking: bool) -> None:
+                super().__init__()
+                assert non_blocking
+
+            def begin_capture(self, mode: int) -> None:
+                pass
+
+            def end_capture(self) -> str:
+                cupy.ended += 1
+                if refuses():
+                    raise RefusedError("cudaErrorNotSupported")
+                return "a graph"
+
+        self.cuda = SimpleNamespace(
+            runtime=SimpleNamespace(streamCaptureModeRelaxed=2, CUDARuntimeError=RefusedError), Stream=Stream,
+            MemoryPool=lambda: SimpleNamespace(malloc=None), using_allocator=lambda malloc: nothing,
+            get_current_stream=lambda: SimpleNamespace(synchronize=lambda: None, ptr=0),
+            memory=SimpleNamespace(OutOfMemoryError=MemoryError),
+        )  # fmt: skip
+
+
+def capturing(refuses: Callable[[Any], bool]) -> Any:
+    """A device on it, whose driver says no to launches in the same way."""
+
+    def said_no(*args: Any) -> int:
+        return 801 if refuses(device) else 0
+
+    device: Any = object.__new__(cuda.Cuda)
+    device.cupy, device.dependent, device.thread = Capturing(lambda: refuses(device)), True, cuda.Threads()
+    device._asked = {}
+    device._driver = SimpleNamespace(cuLaunchKernelEx=said_no, cuGetErrorName=lambda status, name: 0)
+    return device
+
+
+KERNEL: Any = SimpleNamespace(file="a.cu", name="a", handle=SimpleNamespace(ptr=1))
+
+
+@pytest.mark.parametrize("launches", [False, True])
+def test_graphs_where_a_driver_refuses_dependent_launch(launches: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Whether it says so of a launch, or in the end; once it has, nothing is tried again."""
+    log_once.cache_clear()
+    caplog.set_level(logging.INFO)
+    device = capturing(lambda device: device.dependent)
+    work = (lambda: device.launch(KERNEL, (1, 1, 1), 32, ())) if launches else lambda: None
+    for _ in range(2):
+        graph, _ = device.capture(work)
+        assert (graph.graph, device.dependent, device.thread.capturing) == ("a graph", False, False)
+    assert device.cupy.ended == 3
+    assert [record.message for record in caplog.records if "do not overlap: " in record.message]
+
+
+def test_a_step_that_cannot_be_captured_says_why_and_leaves_dependent_launch_on() -> None:
+    device = capturing(lambda device: True)
+    for work, why in ((lambda: None, "NotSupported"), (lambda: device.launch(KERNEL, (1, 1, 1), 32, ()), r"801.*a\.cu")):
+        with pytest.raises(CannotCaptureError, match=why):
+            device.capture(work)
+        assert (device.dependent, device.thread.capturing) == (True, False)
+    with pytest.raises(BackendError, match="801") as raised:
+        device.launch(KERNEL, (1, 1, 1), 32, ())
+    assert not isinstance(raised.value, CannotCaptureError)
+
+
+def test_a_capture_is_of_one_thread() -> None:
+    """Another one may send numbers meanwhile, and its launches wait for those before them."""
+    device, seen = capturing(lambda device: False), []
+
+    def launched(configuration: Any, *args: Any) -> int:
+        seen.append(configuration._obj.count)
+        return 0
+
+    def work() -> None:
+        device._not_while_capturing()
+        device.launch(KERNEL, (1, 1, 1), 32, ())
+
+    def captured() -> None:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(work).result()
+        with pytest.raises(CannotCaptureError, match="numbers of the host"):
+            work()
+        device.launch(KERNEL, (1, 1, 1), 32, ())
+
+    device._driver.cuLaunchKernelEx = launched
+    device.capture(captured)
+    assert seen == [0, 1]
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ class Step(NamedTuple):
     others: int
 
 
-def captured(name: str, layers: int) -> Step:
+def captured(name: str, layers: int, **sampling: Any) -> Step:
     """A decode step of one row, of a random model with so many layers."""
     fields = {"n_layer": layers} if name == "gpt2" else {"num_hidden_layers": layers}
     llm = LLM.random(interpret(CONFIGS[name] | fields | {"model_type": name}, name), EmulatedBackend("stored"))
@@ -60,7 +60,7 @@ def captured(name: str, layers: int) -> Step:
     cache.reserve(40)
     for _ in range(3):
         rows = cache.plan([slot], [1], [True])
-        sampler = Sampler(Sampling(), 0, [1], llm.config.vocab_size)
+        sampler = Sampler(Sampling(**sampling), 0, [1], llm.config.vocab_size)
         be.step(llm.model, State(np.array([7]), rows, cache, (sampler,), False))
     (step,) = cache.steps.values()
     device: Any = be.device
@@ -77,6 +77,11 @@ def captured(name: str, layers: int) -> Step:
 def test_launches_of_a_layer(name: str, layers: int, want: list[str]) -> None:
     step = captured(name, layers)
     assert step.kernels[-len(want + END) :] == want + END
+
+
+@pytest.mark.parametrize("way", [{"repetition_penalty": 1.3}, {"logit_bias": {3: 1.0}}])
+def test_penalties_and_biases_take_one_more(way: dict[str, Any]) -> None:
+    assert captured("qwen3", 2, **way).kernels[-len(END) - 1 :] == [*END[:-2], "adjust", *END[-2:]]
 
 
 @pytest.mark.parametrize(("name", "layers"), [("qwen3", 2), ("deepseek_v3", 2), ("qwen3_moe", 2), ("gemma3_text", 2)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,13 @@ from npllm.generation import State
 from npllm.llm import LLM
 from npllm.models import interpret
 from npllm.sampling import Drawn, Sampler, Sampling
+from npllm.tokenizer import Tokenizer
 from tests.gpu.emulator import EmulatedBackend, Emulator
 from tests.gpu.emulator.arrays import STREAM, plain
 from tests.gpu.emulator.device import EmulatedTurn
 from tests.gpu.emulator.launches import Launches
 from tests.models import CONFIGS
+from tests.talker import make_talker
 
 PROMPTS = [[5, 9, 33, 7], [11], [200, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]]
 
@@ -118,7 +121,7 @@ def test_a_step_reads_what_the_one_before_it_drew() -> None:
     those go to the host before anything else is done."""
     rows = Rows(model("gemma3n_text"))
     rows.answers(2)
-    step = rows.cache.steps[id(rows.llm.model), 4]
+    step = rows.cache.steps[id(rows.llm.model), 4, False]
     device = rows.llm.backend.device
     device.launches = launches = Launches()
     try:
@@ -156,14 +159,37 @@ def test_log_probabilities_come_with_the_token(log: list[tuple[str, int]]) -> No
         assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
 
 
-def test_penalties_are_the_hosts_matter(log: list[tuple[str, int]]) -> None:
-    options: dict[str, Any] = {"max_tokens": 12, "repetition_penalty": 1.3, "logit_bias": {9: 2.0}, "ignore_eos": True}
-    described = interpret(CONFIGS["qwen3"] | {"model_type": "qwen3"}, "qwen3")
-    want = LLM.random(described, Backend("float32")).generate(PROMPTS, **options)
-    log.clear()
-    got = model("qwen3").generate(PROMPTS, **options)
-    assert [each.tokens for each in got] == [each.tokens for each in want]
-    assert "turn" not in [what for what, _ in log]
+PENALTIES: dict[str, Any] = {
+    "repetition_penalty": 1.3, "presence_penalty": 0.2, "frequency_penalty": 0.4,
+    "logit_bias": {9: 2.0, 33: -np.inf, 7: -0.5},
+}  # fmt: skip
+
+
+def test_penalties_and_biases_keep_nobody_waiting(log: list[tuple[str, int]]) -> None:
+    """A row's history goes to the device once; the device adds what it draws, and the next step reads it."""
+    stream = model("qwen3").stream([5, 6, 7], max_tokens=12, ignore_eos=True, **PENALTIES)
+    for _ in range(4):
+        next(stream)
+    for _ in range(7):
+        assert len(STREAM.todo) == 2, "a buffer to be written, a graph to be launched"
+        log.clear()
+        next(stream)
+        assert [what for what, _ in log] == ["write", "turn", "wait"]
+    assert len(list(stream)) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.2])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3n_text"])
+def test_the_canon_draws_the_same_by_penalties(name: str, temperature: float) -> None:
+    """Rows leave the batch one by one, so that others come to stand in their places."""
+    described = interpret(CONFIGS[name] | {"model_type": name}, name)
+    stop = range(0, described.config.vocab_size, 17)
+    options: dict[str, Any] = {"max_tokens": 16, "stop_ids": stop, "temperature": temperature, "seed": 6, **PENALTIES}
+    want = LLM.random(described, Backend("float32")).generate(PROMPTS * 2, **options)
+    assert len({len(each.tokens) for each in want}) > 2
+    for ahead in (True, False):
+        got = model(name, ahead).generate(PROMPTS * 2, **options)
+        assert [each.tokens for each in got] == [each.tokens for each in want]
 
 
 def test_it_can_be_switched_off(log: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,9 +293,9 @@ def cut(rows: Rows, slot: int, tokens: int) -> list[Any]:
     return [length]
 
 
-def beside_rows_that_do_not(name: str, actions: list[tuple[str, int]], temperature: float) -> None:
+def beside_rows_that_do_not(name: str, actions: list[tuple[str, int]], **sampling: Any) -> None:
     """The same tokens, the same logits to the last bit."""
-    ours, theirs = (Rows(model(name, ahead), PROMPTS[:2], temperature=temperature) for ahead in (True, False))
+    ours, theirs = (Rows(model(name, ahead), PROMPTS[:2], **sampling) for ahead in (True, False))
     for action, number in [("go on", 4), *actions, ("go on", 2), ("logits", 0)]:
         assert act(ours, action, number) == act(theirs, action, number), (action, number)
 
@@ -282,15 +308,41 @@ EXAMPLE = [
 
 @pytest.mark.parametrize("name", ["gemma3_text", "llama4_text"])
 def test_whatever_becomes_of_the_rows(name: str) -> None:
-    beside_rows_that_do_not(name, EXAMPLE, 1.0)
+    beside_rows_that_do_not(name, EXAMPLE, temperature=1.0)
+
+
+def test_whatever_becomes_of_rows_with_penalties(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens that the host draws of the same logits, in steps that wait for it: its samplers know their own history."""
+    ours = Rows(model("qwen3"), PROMPTS[:2], temperature=1.0, **PENALTIES)
+    theirs = Rows(model("qwen3", ahead=False), PROMPTS[:2], temperature=1.0, **PENALTIES)
+    for action, number in [("go on", 4), *EXAMPLE, ("go on", 2)]:
+        got = act(ours, action, number)
+        with monkeypatch.context() as patch:
+            patch.setattr(EmulatedBackend, "settings", lambda self, state, vocabulary: None)
+            assert got == act(theirs, action, number), (action, number)
+
+
+def test_a_step_ahead_is_not_for_a_sampler_that_has_seen_other_tokens() -> None:
+    """As many of them, so that no setting differs."""
+    answers = []
+    for ahead in (True, False):
+        rows = Rows(model("qwen3", ahead), PROMPTS[:1], repetition_penalty=5.0)
+        said = [tokens[0] for tokens in rows.answers(5)]
+        other = Sampler(rows.sampling, 0, [1, 2, 3, 4], rows.llm.config.vocab_size)
+        for token in range(20, 21 + len(said)):
+            other.take(token)
+        rows.samplers[0] = other
+        assert rows.under_way() == ahead
+        answers.append(rows.answers(4))
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["gemma3_text", "llama4_text", "deepseek_v3"])
-@given(st.lists(ACTIONS, min_size=4, max_size=14), st.sampled_from([0.0, 1.0]))
+@given(st.lists(ACTIONS, min_size=4, max_size=14), st.sampled_from([0.0, 1.0]), st.sampled_from([{}, PENALTIES]))
 @settings(max_examples=15, phases=(Phase.generate,))
-def test_whatever_else(name: str, actions: list[tuple[str, int]], temperature: float) -> None:
-    beside_rows_that_do_not(name, actions, temperature)
+def test_whatever_else(name: str, actions: list[tuple[str, int]], temperature: float, bent: dict[str, Any]) -> None:
+    beside_rows_that_do_not(name, actions, temperature=temperature, **bent)
 
 
 def test_a_freed_slot_that_another_row_is_copied_into() -> None:
@@ -398,6 +450,30 @@ def test_a_stream_that_is_closed_leaves_a_cache_that_can_be_cut_back(name: str) 
         output = llm.generate(prompt, cache=cache, **options)
         assert output.usage.cached_tokens == len(prompt) - 1, "a key is lost"
         assert output.tokens == llm.generate(prompt, **options).tokens
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3_text"])
+def test_a_stop_string_that_is_complete_while_a_step_is_under_way(name: str, tmp_path: Path) -> None:
+    """The answer ends there as it does without that step, others go on, and the cache has lost nothing by it."""
+    tokenizer = Tokenizer(make_talker(tmp_path))
+    letters = set(tokenizer.encode("abcdefghijklmnopqrstuvwxyz"))
+    banned = {token: -np.inf for token in range(CONFIGS[name]["vocab_size"]) if token not in letters}
+    options: dict[str, Any] = {"temperature": 1.0, "seed": 3, "logit_bias": banned, "ignore_eos": True}
+    whole = [each.text for each in model(name, tokenizer=tokenizer).generate(PROMPTS, max_tokens=13, **options)]
+    stop = whole[0][7:10]
+    wanted = [text.partition(stop)[0] for text in whole]
+    assert [len(text) for text in wanted] == [7, 13, 13]
+    for ahead in (True, False):
+        llm = model(name, ahead, tokenizer=tokenizer)
+        got = llm.generate(PROMPTS, max_tokens=13, stop=stop, **options)
+        assert [(each.text, each.stop) for each in got] == list(zip(wanted, (stop, None, None), strict=True))
+        cache = llm.prompt_cache()
+        said = llm.generate(PROMPTS[0], max_tokens=13, stop=stop, cache=cache, **options)
+        assert (said.text, len(said.tokens), len(STREAM.todo)) == (wanted[0], 10, 2 if ahead else 0)
+        prompt = [*PROMPTS[0], *said.tokens, 8]
+        more = llm.generate(prompt, max_tokens=9, cache=cache, **options)
+        assert more.usage.cached_tokens == len(prompt) - 2
+        assert more.text == llm.generate(prompt, max_tokens=9, **options).text
 
 
 def test_time_that_the_device_takes_counts_where_nobody_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,15 @@ def test_the_host_draws_the_same(kind: str, size: int) -> None:
     assert drawn(logits_WN, ours) == [each.draw(row) for each, row in zip(theirs, logits_WN, strict=True)]
 
 
+@pytest.mark.parametrize("kind", ["plain", "ties", "peaked"])
+def test_few_of_many(kind: str) -> None:
+    """As many parts of a row as there are at most: what their largest logits say of the k-th one is a bound, no more."""
+    size, ks = 4 * 256 * 65 + 3, (1, 2, 20, 64, 65)
+    ours, theirs = ([Sampler(Sampling(temperature=1.0, top_k=k), r, [0], size) for r, k in enumerate(ks)] for _ in range(2))
+    logits_WN = logits(kind, len(ks), size, 11)
+    assert drawn(logits_WN, ours) == [each.draw(row) for each, row in zip(theirs, logits_WN, strict=True)]
+
+
 @given(
     st.integers(0, 2**31), st.sampled_from(KINDS), st.floats(0.05, 5.0), st.integers(0, 40), st.floats(0.01, 1.0),
     st.floats(0.0, 1.0),

@@ -1,5 +1,5 @@
-// The products by which absorbed queries go to the latent space and values come back (npllm.blocks.mla), for TOKENS tokens at a
-// time. Of kv_b [H x (nope + value), L] head h has rows h (nope + value) on: W_k, then W_v. Macros: FORMAT, TOKENS.
+// The products by which absorbed queries go to the latent space and values come back (npllm.blocks.mla), for TOKENS tokens
+// at a time. Of kv_b [H x (nope + value), L] head h has rows h (nope + value) on: W_k, then W_v. Macros: FORMAT, TOKENS.
 #include "gemv.cuh"
 
 // Vectors of a row that a block takes, and the rows that its threads take side by side.

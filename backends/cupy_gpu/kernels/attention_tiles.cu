@@ -1,9 +1,9 @@
 // Softmax attention of many queries, in products of bf16 with float32 sums (FlashAttention-2; Dao 2023, arXiv 2307.08691).
 //
-// A block takes 64 queries of one head, 16 a warp, and passes over the keys that any of them sees, 64 at a time; values travel
-// while scores are computed, the next keys while values are summed. Scores are scaled, capped and masked in float32.
-// Macros: STORED (F32 or BF16), HEAD and VALUES: the widths of keys and values, rounded up to a multiple of 16; CAPPED: whether
-// scores are capped.
+// A block takes 64 queries of one head, 16 a warp, and passes over the keys that any of them sees, 64 at a time; values
+// travel while scores are computed, the next keys while values are summed. Scores are scaled, capped and masked in float32.
+// Macros: STORED (F32 or BF16), HEAD and VALUES: the widths of keys and values, rounded up to a multiple of 16; CAPPED:
+// whether scores are capped.
 #include "keys.cuh"
 
 #define THREADS 128

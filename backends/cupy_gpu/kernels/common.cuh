@@ -61,8 +61,8 @@ template <int LEFT> __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
-// Four 8 x 8 matrices of 2-byte numbers in shared memory, turned: lane i says where row i % 8 of matrix i / 8 begins, and gets
-// of each the pair in rows 2 (i % 4) and the next, column i / 4: mma_bf16's right side of rows that lie along its sums.
+// Four 8 x 8 matrices of 2-byte numbers in shared memory, turned: lane i says where row i % 8 of matrix i / 8 begins, and
+// gets of each the pair in rows 2 (i % 4) and the next, column i / 4: mma_bf16's right side of rows that lie along its sums.
 __device__ __forceinline__ void load_turned(u32 pairs[4], const void *row) {
     u32 from = (u32)__cvta_generic_to_shared(row);
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -111,8 +111,8 @@ __device__ __forceinline__ float warp_max(float x) {
     for (int step = 16; step; step >>= 1) x = fmaxf(x, __shfl_xor_sync(FULL, x, step));
     return x;
 }
-// Whether this block is the last of `blocks` that draw this ticket, which lies at zero before and after. What the others wrote
-// before they drew is seen by load_shared_by_blocks. `room` is a number in shared memory. Three barriers.
+// Whether this block is the last of `blocks` that draw this ticket, which lies at zero before and after. What the others
+// wrote before they drew is seen by load_shared_by_blocks. `room` is a number in shared memory. Three barriers.
 __device__ __forceinline__ bool is_last(u32 *ticket, u32 blocks, u32 *room) {
     __threadfence();
     __syncthreads();

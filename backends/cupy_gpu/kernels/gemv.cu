@@ -1,8 +1,8 @@
 // Products of stored matrices with up to TOKENS tokens. Macros: FORMAT, TOKENS; a warp computes ROWS rows.
 #include "gemv.cuh"
 
-// `residual + W h + b` for up to three matrices that read the same h = norm(x); their rows are dealt out to blocks one matrix
-// after the other. Only the first has a residual. Results are [tokens, rows].
+// `residual + W h + b` for up to three matrices that read the same h = norm(x); their rows are dealt out to blocks one
+// matrix after the other. Only the first has a residual. Results are [tokens, rows].
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemv(
     SOURCE, Matrix a, const float *a_bias, float *a_out, Matrix b, const float *b_bias, float *b_out, Matrix c,
     const float *c_bias, float *c_out, const float *residual) {

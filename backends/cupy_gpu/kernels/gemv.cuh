@@ -6,9 +6,13 @@
 #define WARPS 4
 #define THREADS (WARPS * 32)
 
-// Blocks that a multiprocessor shall have room for. Told of three, the compiler for sm_100 spills where FP8 meets eight tokens,
+// Blocks that a multiprocessor shall have room for. Told of three, the compiler for sm_100 spills where products are most,
 // with registers to spare.
-#define BLOCKS (FORMAT == F8 && TOKENS == 8 ? 2 : 3)
+#if PER * TOKENS >= 128 && __CUDA_ARCH__ >= 1000
+#define BLOCKS 2
+#else
+#define BLOCKS 3
+#endif
 
 // Numbers of a token that are staged at a time, and those that lie in 16 bytes of weights as PLANES groups of 4: group p of
 // vector v is a float4, so that the lanes of a warp, which take a vector each, read 16 bytes side by side.

@@ -1,5 +1,5 @@
-// New queries and keys from their projections to where attention reads them: norms, RoPE, and the places of keys and values in
-// a cache. Macros: STORED (F32 or BF16: what the cache holds).
+// New queries and keys from their projections to where attention reads them: norms, RoPE, and the places of keys and values
+// in a cache. Macros: STORED (F32 or BF16: what the cache holds).
 #include "keys.cuh"
 #include "turn.cuh"
 
@@ -26,9 +26,9 @@ __device__ __forceinline__ void store(void *storage, i64 at, float x) {
 #endif
 }
 
-// A block takes a token and WARPS heads of queries, of keys or of values; a warp a head. `whole`: the norms of queries and of
-// keys run over all heads of a token; `late`: they stand after RoPE. Queries go to [tokens, heads, width], times `scale` of
-// their token; keys and values to storage [slots, heads, size, width]. Shared memory: the numbers of WARPS heads.
+// A block takes a token and WARPS heads of queries, of keys or of values; a warp a head. `whole`: the norms of queries and
+// of keys run over all heads of a token; `late`: they stand after RoPE. Queries go to [tokens, heads, width], times `scale`
+// of their token; keys and values to storage [slots, heads, size, width]. Shared memory: the numbers of WARPS heads.
 extern "C" __global__ void __launch_bounds__(THREADS) place_heads(
     const i64 *plan, i64 rows, HEADS(q), HEADS(k), HEADS(v), i64 whole, i64 late, const float *cosines, const float *sines,
     i64 pairs, i64 interleaved, const float *scale, i64 size, float *q_out, void *k_storage, void *v_storage) {
@@ -91,10 +91,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) place_heads(
     }
 }
 
-// Latents (npllm.blocks.mla): `[norm(c) | rope(k)]` of rows `[c | k]` of `latent` and `turning` numbers, `down_step` apart, go
-// to storage [slots, 1, size, width], without a plan to [tokens, width]. Queries [tokens, heads, width] turn in their place, the
-// last `turning` numbers of each head, and are multiplied with `scale` of their token. A block takes a token and its latent, or
-// WARPS heads of it.
+// Latents (npllm.blocks.mla): `[norm(c) | rope(k)]` of rows `[c | k]` of `latent` and `turning` numbers, `down_step` apart,
+// go to storage [slots, 1, size, width], without a plan to [tokens, width]. Queries [tokens, heads, width] turn in their
+// place, the last `turning` numbers of each head, and are multiplied with `scale` of their token. A block takes a token and
+// its latent, or WARPS heads of it.
 extern "C" __global__ void __launch_bounds__(THREADS) place_latents(
     const i64 *plan, i64 rows, const float *down, i64 down_step, i64 latent, i64 turning, const float *gain, float eps,
     float *q, i64 heads, i64 width, const float *cosines, const float *sines, i64 pairs, i64 interleaved, const float *scale,

@@ -1,8 +1,8 @@
 // Where a step's keys lie (npllm.cache.Keys), and which of them a query sees (npllm.blocks.masks).
 #include "common.cuh"
 
-// A plan has PLAN numbers of each row: its slot, how many keys it sees, the position of the first and where it lies; its first
-// query among the packed ones and the last one's successor, the first one's position and where its key is stored.
+// A plan has PLAN numbers of each row: its slot, how many keys it sees, the position of the first and where it lies; its
+// first query among the packed ones and the last one's successor, the first one's position and where its key is stored.
 #define PLAN 8
 struct Row { i64 slot, count, first, begin, query, end, start, place; };
 __device__ __forceinline__ Row row_of_plan(const i64 *plan, i64 r) {
@@ -30,8 +30,8 @@ __device__ __forceinline__ i64 reach(i64 query, i64 window, i64 chunk) {
     return low;
 }
 
-// Where a new token is kept of a row, counted in tokens from the beginning of storage [slots, size, ..] of one head; -1 where
-// it is not: nobody's row, or one that brings more than `size`, of which the last ones stay.
+// Where a new token is kept of a row, counted in tokens from the beginning of storage [slots, size, ..] of one head; -1
+// where it is not: nobody's row, or one that brings more than `size`, of which the last ones stay.
 __device__ __forceinline__ i64 place_of_new(const i64 *plan, i64 rows, i64 token, i64 size, i64 heads, i64 head) {
     i64 r = 0;
     while (r < rows && token >= row_of_plan(plan, r).end) r++;

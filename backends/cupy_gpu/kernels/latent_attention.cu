@@ -1,10 +1,10 @@
 // Attention of absorbed queries over latents, few to a row, on tensor cores (npllm.blocks.mla): all heads meet the same keys
 // [c | k_rope], whose first LATENT numbers are the values. Macros: STORED (F32 or BF16: latents), WIDTH, LATENT, HEAD_TILES.
 //
-// A block takes HEAD_TILES x 16 queries (tokens x heads of a row) and a part of the keys, which pass through shared memory once
-// for scores and values, the next KEYS on their way meanwhile. Four warps work for 16 queries: each has a quarter of a query
-// in its registers and makes a quarter of the scores' sums, then a quarter of the values' columns. What a part gives is merged
-// by those who read it (latent.cu), in the order of the parts.
+// A block takes HEAD_TILES x 16 queries (tokens x heads of a row) and a part of the keys, which pass through shared memory
+// once for scores and values, the next KEYS on their way meanwhile. Four warps work for 16 queries: each has a quarter of a
+// query in its registers and makes a quarter of the scores' sums, then a quarter of the values' columns. What a part gives
+// is merged by those who read it (latent.cu), in the order of the parts.
 #include "keys.cuh"
 
 #define KEYS 32
@@ -46,6 +46,7 @@ __device__ __forceinline__ void load_tile(
             copy_async16(to, (const u16 *)x + (valid ? from : 0), valid);
             continue;
         }
+        for (int j = 0; j < 8; j++) to[j] = valid && n + j < WIDTH ? ((const u16 *)x)[from + j] : (u16)0;
 #else
         if (aligned) {
             const float4 *numbers = (const float4 *)((const float *)x + from);
@@ -54,15 +55,10 @@ __device__ __forceinline__ void load_tile(
             *(uint4 *)to = make_uint4(bf16_pair(a.x, a.y), bf16_pair(a.z, a.w), bf16_pair(b.x, b.y), bf16_pair(b.z, b.w));
             continue;
         }
+#pragma unroll 1
+        for (int j = 0; j < 8; j++)
+            to[j] = valid && n + j < WIDTH ? (u16)float_to_bf16(((const float *)x)[from + j]) : (u16)0;
 #endif
-        for (int j = 0; j < 8; j++) {
-            bool inside = valid && n + j < WIDTH;
-#if STORED == BF16
-            to[j] = inside ? ((const u16 *)x)[from + j] : (u16)0;
-#else
-            to[j] = inside ? (u16)float_to_bf16(((const float *)x)[from + j]) : (u16)0;
-#endif
-        }
     }
     copy_async_commit();
 }

@@ -2,8 +2,8 @@
 // ROWS rows. Choices lie as [M, C]: choice i is of token i / C. Numbers that are no expert's take part in nothing.
 #include "gemv.cuh"
 
-// Hidden features `act(gate x) * up x` of each choice -> [M C, F]; with `weights`, of x times the choice's weight. Blocks of a
-// choice after the other read the same rows of gate and up: tokens that chose the same expert find them in the second cache.
+// Hidden features `act(gate x) * up x` of each choice -> [M C, F]; with `weights`, of x times the choice's weight. Blocks of
+// a choice after the other read the same rows of gate and up: tokens of the same expert find them in the second cache.
 extern "C" __global__ void __launch_bounds__(THREADS) moe_hidden_few(
     const float *x, i64 width, i64 choices, i64 experts, const i64 *index, const float *weights, Matrix gate, Matrix up,
     i64 act, float *hidden) {
@@ -76,8 +76,8 @@ __device__ __forceinline__ void dots(const Matrix &m, i64 n0, const float *x, fl
     for (int r = 0; r < ROWS; r++) sums[r] = warp_sum(sums[r]);
 }
 
-// `residual` plus the weighted sums of what the experts say -> [M, D]: a block computes ROWS rows of `down` of all of a token's choices, a
-// warp every fourth choice, and adds in the order of the choices. Without `weights` each counts 1.
+// `residual` plus what the experts say, weighted -> [M, D]. A block has ROWS numbers of a token, a warp every fourth choice;
+// choices are added in their order. Without `weights` each counts 1.
 extern "C" __global__ void __launch_bounds__(THREADS) moe_say_few(
     const float *hidden, i64 choices, i64 experts, const i64 *index, const float *weights, Matrix down, const float *residual,
     float *out) {

@@ -1,8 +1,8 @@
-// moe, many tokens: products in tiles of one expert each (tiles.cuh, moe_plan.cu); blocks of tiles without an expert do nothing.
+// moe, many tokens: products in tiles of one expert each (tiles.cuh, moe_plan.cu); blocks of tiles without one do nothing.
 #include "tiles.cuh"
 
-// Hidden features `act(gate x) * up x` of each place -> [places, F]; with `weights`, of x times the choice's weight. Rows of gate
-// and up take turns in a tile.
+// Hidden features `act(gate x) * up x` of each place -> [places, F]; with `weights`, of x times the choice's weight. Rows of
+// gate and up take turns in a tile.
 extern "C" __global__ void __launch_bounds__(THREADS) moe_hidden_many(
     const float *x, i64 width, i64 choices, const i64 *order, const i64 *owners, const float *weights, Matrix gate, Matrix up,
     i64 act, float *hidden) {

@@ -1,4 +1,4 @@
-// moe, many tokens: choices sorted by expert, in their order, so that a tile of products has one expert; and in the end, sums.
+// moe, many tokens: choices sorted by expert, in their order, so that a tile of products has one expert; in the end, sums.
 #include "common.cuh"
 
 #define THREADS 256
@@ -17,8 +17,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) moe_count(const i64 *index
 }
 
 // Where choices go: those of an expert lie side by side in whole tiles of `tile` places, the last one filled up with -1. Of
-// each of `tiles` tiles, its expert, or -1 behind the last. A block an expert; its threads take choices in turn, so that each
-// keeps the order.
+// each of `tiles` tiles, its expert, or -1 behind the last. A block an expert; its threads take choices in turn, so that
+// each keeps the order.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_place(
     const i64 *index, i64 choices, const i64 *counts, i64 experts, i64 tile, i64 tiles, i64 *order, i64 *owners) {
     __shared__ int before[WARPS];
@@ -49,8 +49,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_place(
     }
 }
 
-// `residual` plus the weighted sums of what was said of each choice [M C, D] -> [M, D], in the order of the choices; without `weights` each
-// counts 1. Numbers that are no expert's have said nothing. A thread a number.
+// `residual` plus what was said of each choice [M C, D], weighted -> [M, D]. Choices are added in their order; without
+// `weights` each counts 1, and those of no expert have said nothing. A thread a number.
 extern "C" __global__ void __launch_bounds__(THREADS) moe_sum(
     const float *said, i64 tokens, i64 choices, i64 width, i64 experts, const i64 *index, const float *weights,
     const float *residual, float *out) {

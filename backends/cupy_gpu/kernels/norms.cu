@@ -1,4 +1,4 @@
-// Norms of rows (npllm.blocks.norms), `residual + norm(x)` where there is one. Macros: WIDE, a block per row instead of a warp.
+// Norms of rows (npllm.blocks.norms), `residual + norm(x)` where there is one. Macros: WIDE, a block a row, not a warp.
 #include "source.cuh"
 
 #if WIDE

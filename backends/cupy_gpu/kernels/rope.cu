@@ -13,7 +13,7 @@ extern "C" __global__ void angles(
     sines[i] = sinf(phase) * scale;
 }
 
-// Heads of `width` numbers, `token_step` and `head_step` numbers apart, turned -> [tokens, heads, width]; a thread per number.
+// Heads of `width` numbers, `token_step` and `head_step` numbers apart, turned -> [tokens, heads, width]. A thread a number.
 extern "C" __global__ void rotate(
     const float *x, i64 token_step, i64 head_step, i64 tokens, i64 heads, i64 width, const float *cosines, const float *sines,
     i64 pairs, i64 interleaved, float *out) {

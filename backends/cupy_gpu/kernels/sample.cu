@@ -1,25 +1,22 @@
-// sample: a token of each row of logits [W, N], by temperature, top-k, top-p and min-p as npllm.sampling has them. N is a macro.
+// sample: a token of each row of logits [W, N], by temperature, top-k, top-p and min-p as npllm.sampling has them. Macro: N.
 // A row that holds NaN or infinity gives the token -1. Many blocks find the largest logit of a row (`find_tops`), one draws.
 //
 // Nothing is sorted. A set of likeliest tokens is all above some logit, and of those equal to it the first few (`Kept`). A
 // mass is exp((x - max) / temperature) in whole units of 2^-44, so that sums are exact and the same in any order. `crossing`
-// finds the logit at which the sum over all larger ones passes a target: in bins, then in the bins of a bin.
-#include "common.cuh"
+// finds the logit at which the sum over all larger ones passes a target: in bins of keys, then in the bins of a bin. Three
+// times over the logits are enough for all of float32.
+#include "history.cuh"
 
 #define THREADS 512
-#define BINS 2048
+#define BINS_LOG2 11
+#define BINS (1 << BINS_LOG2)
 #define UNIT 44
 #define ALL 0x7fffffffu
 
 // Of a part of a row whose largest logit is found.
 #define PART_THREADS 256
-#define LARGEST 3.402823466e38f
 
 typedef unsigned long long u64;
-
-// Numbers of a row's settings: 1 / temperature (0: the largest logit is taken), top_k, top_p, log(min_p), and what chance says,
-// in [0, 1).
-enum { SHARPNESS, TOP_K, TOP_P, LOG_MIN_P, CHANCE, SETTINGS };
 
 struct Kept {
     u32 cut;   // the key of the least logit that is kept
@@ -31,7 +28,8 @@ struct Crossing {
     u64 above;  // the sum over all larger ones
 };
 
-__shared__ u64 bins[BINS];
+// Sums of bins, their low words and their high ones.
+__shared__ u32 bins[2][BINS];
 __shared__ u64 parts[THREADS / 32];
 __shared__ u64 found[2];
 
@@ -112,11 +110,13 @@ struct Row {
     }
 };
 
-// Never a lower bin than that of a smaller logit.
-__device__ __forceinline__ int bin_of(float x, double first, double scale) {
-    int bin = (int)(((double)x - first) * scale);
-    return bin < BINS ? bin : BINS - 1;
+// Shared memory has no sums of 64 bits, but these, which many threads may ask for at once without trying again and again.
+__device__ __forceinline__ void add_to_bin(int bin, u64 amount) {
+    u32 low = (u32)amount, high = (u32)(amount >> 32), before = atomicAdd(&bins[0][bin], low);
+    high += before + low < before;
+    if (high) atomicAdd(&bins[1][bin], high);
 }
+__device__ __forceinline__ u64 bin_sum(int bin) { return (u64)bins[1][bin] << 32 | bins[0][bin]; }
 
 // The least key in low..high for which `holds`, which holds for all larger ones too; high + 1 where there is none.
 template <class Holds> __device__ u32 least_key(u32 low, u32 high, Holds holds) {
@@ -132,35 +132,33 @@ template <class Holds> __device__ u32 least_key(u32 low, u32 high, Holds holds) 
 template <class Measure> __device__ __forceinline__ Crossing crossing(const Row &row, u32 low, u32 high, u64 want, Measure measure) {
     u64 above = 0;
     while (low < high) {
-        double first = float_of(low), scale = (BINS - 1) / ((double)float_of(high) - first);
+        int bits = max(0, 32 - BINS_LOG2 - __clz((int)(high - low)));
         __syncthreads();
-        for (int b = threadIdx.x; b < BINS; b += THREADS) bins[b] = 0;
+        for (int b = threadIdx.x; b < BINS; b += THREADS) bins[0][b] = bins[1][b] = 0;
         __syncthreads();
         each_logit(row.logits, [=](float x, int) {
             u32 key = key_of(x);
             u64 amount = low <= key && key <= high ? measure(x) : 0;
-            if (amount) atomicAdd(&bins[bin_of(x, first, scale)], amount);
+            if (amount) add_to_bin((key - low) >> bits, amount);
         });
         __syncthreads();
         if (WARP == 0) {
             // The first lane has the largest logits.
             int stop = BINS - LANE * (BINS / 32);
             u64 mine = 0;
-            for (int b = stop - BINS / 32; b < stop; b++) mine += bins[b];
+            for (int b = stop - BINS / 32; b < stop; b++) mine += bin_sum(b);
             u64 upto = above + warp_upto(mine), before = upto - mine;
             if (before <= want && want < upto) {
                 int b = stop - 1;
-                for (; before + bins[b] <= want; b--) before += bins[b];
+                for (; before + bin_sum(b) <= want; b--) before += bin_sum(b);
                 found[0] = b;
                 found[1] = before;
             }
         }
         __syncthreads();
-        int bin = (int)found[0];
+        low += (u32)found[0] << bits;
+        high = min(high, low + (1u << bits) - 1);
         above = found[1];
-        u32 from = low, to = high;
-        low = least_key(from, to, [=](float x) { return bin_of(x, first, scale) >= bin; });
-        high = least_key(from, to, [=](float x) { return bin_of(x, first, scale) > bin; }) - 1;
     }
     return {low, above};
 }
@@ -198,7 +196,21 @@ __device__ u64 mass_of(const Row &row, Kept kept) {
     return kept.ties == ALL ? total : total + kept.ties * row.mass(float_of(kept.cut));
 }
 
-__device__ __forceinline__ int draw(const Row &row, const double *settings) {
+// A key that `count` logits reach, or more: so many parts of the row do by their largest one. 0 where parts are fewer.
+__device__ __forceinline__ u32 reached_by(const u64 *tops, int parts, i64 count) {
+    __syncthreads();
+    if (threadIdx.x == 0) found[0] = 0;
+    __syncthreads();
+    for (int part = threadIdx.x; part < parts; part += THREADS) {
+        i64 larger = 0;
+        for (int other = 0; other < parts; other++) larger += tops[other] > tops[part];
+        if (larger == count - 1) found[0] = tops[part] >> 32;
+    }
+    __syncthreads();
+    return (u32)found[0];
+}
+
+__device__ __forceinline__ int draw(const Row &row, const double *settings, const u64 *tops, int parts) {
     double top_p = settings[TOP_P];
     i64 top_k = (i64)settings[TOP_K];
     u32 top = key_of(row.top);
@@ -206,7 +218,8 @@ __device__ __forceinline__ int draw(const Row &row, const double *settings) {
     auto mass = [=](float x) { return row.mass(x); };
     Kept kept = {key_of(-LARGEST), ALL};
     if (0 < top_k && top_k < N) {
-        Crossing at = crossing(row, kept.cut, top, top_k - 1, [](float) { return (u64)1; });
+        u32 low = max(kept.cut, reached_by(tops, parts, top_k));
+        Crossing at = crossing(row, low, top, top_k - 1, [](float) { return (u64)1; });
         kept = {at.key, (u32)(top_k - at.above)};
     }
     if (top_p < 1.0) {
@@ -247,15 +260,20 @@ extern "C" __global__ void __launch_bounds__(PART_THREADS) find_tops(const float
     if (threadIdx.x == 0) tops[blockIdx.y * gridDim.x + blockIdx.x] = best;
 }
 
+// A row that recalls what was said gets the token behind those that it was drawn by, whatever lies there.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(
-    const float *logits_WN, const u64 *tops, i64 parts, const double *settings_W, i64 *tokens_W) {
+    const float *logits_WN, const u64 *tops, i64 parts, const double *settings_W, Entry *entries, i64 room, i64 *tokens_W) {
     wait_for_inputs();
     release_dependents();
     const double *settings = settings_W + blockIdx.x * SETTINGS;
     u64 best = 0;
-    for (i64 part = 0; part < parts; part++) best = max(best, tops[blockIdx.x * parts + part]);
+    tops += blockIdx.x * parts;
+    for (i64 part = 0; part < parts; part++) best = max(best, tops[part]);
     Row row = {logits_WN + (i64)blockIdx.x * N, float_of((u32)(best >> 32)), settings[SHARPNESS]};
     int token = best == BROKEN ? -1 : (int)~(u32)best;
-    if (best != BROKEN && row.sharpness > 0.0) token = draw(row, settings);
-    if (threadIdx.x == 0) tokens_W[blockIdx.x] = token;
+    if (best != BROKEN && row.sharpness > 0.0) token = draw(row, settings, tops, (int)parts);
+    if (threadIdx.x) return;
+    tokens_W[blockIdx.x] = token;
+    i64 known = (i64)(settings[BIASED] + settings[PROMPTED] + settings[SAID]);
+    if (entries && settings[RECALLED]) entries[blockIdx.x * room + known] = {token, 0};
 }

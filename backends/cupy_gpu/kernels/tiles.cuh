@@ -14,7 +14,7 @@
 
 struct Brought { float4 x[FOURS]; uint4 w[VECTORS]; float factor[VECTORS]; };
 
-// `x_row(i)` is the tile's token i, `w_row(i, row, factors)` its row of a matrix laid out as `m`; nullptr and false for none.
+// `x_row(i)` is the tile's token i, `w_row(i, row, factors)` its row of a matrix laid out as `m`; nullptr and false: none.
 template <class X, class W>
 __device__ __forceinline__ void bring(X x_row, i64 width, const Matrix &m, W w_row, int k0, Brought &b) {
 #pragma unroll

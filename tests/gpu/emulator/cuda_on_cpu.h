@@ -54,7 +54,12 @@ inline bool isinf(float x) { return fabsf(x) == __builtin_inff(); }
 inline bool isfinite(float x) { return fabsf(x) < __builtin_inff(); }
 template <class T> inline T min(T a, T b) { return b < a ? b : a; }
 template <class T> inline T max(T a, T b) { return a < b ? b : a; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
 inline int __ffs(unsigned x) { return __builtin_ffs((int)x); }
 
 template <class T> inline T emu_shuffle(T value, unsigned source) {
@@ -87,6 +92,7 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
 
 template <class T> inline T emu_update(T *place, T value) { T old = *place; *place = value; return old; }
 template <class T> inline T atomicAdd(T *place, T value) { return emu_update(place, (T)(*place + value)); }
+template <class T> inline T atomicOr(T *place, T value) { return emu_update(place, (T)(*place | value)); }
 template <class T> inline T atomicMax(T *place, T value) { return emu_update(place, max(*place, value)); }
 template <class T> inline T atomicMin(T *place, T value) { return emu_update(place, min(*place, value)); }
 template <class T> inline T atomicExch(T *place, T value) { return emu_update(place, value); }
