@@ -178,8 +178,10 @@ def test_penalties_and_biases_keep_nobody_waiting(log: list[tuple[str, int]]) ->
     assert len(list(stream)) == 1
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.2])
-@pytest.mark.parametrize("name", ["qwen3", "gemma3n_text"])
+@pytest.mark.parametrize(
+    ("name", "temperature"),
+    [("qwen3", 0.0), ("qwen3", 1.2), ("gemma3n_text", 0.0), pytest.param("gemma3n_text", 1.2, marks=pytest.mark.full)],
+)
 def test_the_canon_draws_the_same_by_penalties(name: str, temperature: float) -> None:
     """Rows leave the batch one by one, so that others come to stand in their places."""
     described = interpret(CONFIGS[name] | {"model_type": name}, name)
@@ -306,7 +308,7 @@ EXAMPLE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "llama4_text"])
+@pytest.mark.parametrize("name", [pytest.param("gemma3_text", marks=pytest.mark.full), "llama4_text"])
 def test_whatever_becomes_of_the_rows(name: str) -> None:
     beside_rows_that_do_not(name, EXAMPLE, temperature=1.0)
 
@@ -438,7 +440,7 @@ def test_an_interrupt_while_a_token_is_waited_for(name: str, monkeypatch: pytest
     assert output.tokens == llm.generate([5, 6, 7, *said, 8], **options).tokens
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "llama4_text"])
+@pytest.mark.parametrize("name", ["gemma3_text", pytest.param("llama4_text", marks=pytest.mark.full)])
 def test_a_stream_that_is_closed_leaves_a_cache_that_can_be_cut_back(name: str) -> None:
     """By one token beyond what was said, as when the same answer is asked for again."""
     llm = model(name)
@@ -452,7 +454,7 @@ def test_a_stream_that_is_closed_leaves_a_cache_that_can_be_cut_back(name: str) 
         assert output.tokens == llm.generate(prompt, **options).tokens
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma3_text"])
+@pytest.mark.parametrize("name", [pytest.param("qwen3", marks=pytest.mark.full), "gemma3_text"])
 def test_a_stop_string_that_is_complete_while_a_step_is_under_way(name: str, tmp_path: Path) -> None:
     """The answer ends there as it does without that step, others go on, and the cache has lost nothing by it."""
     tokenizer = Tokenizer(make_talker(tmp_path))
