@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import weakref
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +76,7 @@ class Recording:
 
     def __init__(self, be: Base, model: Model, rows: Rows) -> None:
         small = len(rows.slots) * model.parameters < SMALL_STEP
-        self.threads, self.model = 1 if small else be.team_size, weakref.ref(model)
+        self.threads, self.model, self.slots = 1 if small else be.team_size, weakref.ref(model), rows.slots
         self.tokens_M, self.positions_M = (np.zeros(len(rows.slots), np.int64) for _ in range(2))
 
     def record(self, be: Base, model: Model, tokens_M: Array, rows: Rows, cache: KernelCache) -> Array:
@@ -87,7 +87,7 @@ class Recording:
         logits_WN = model.run(recorder.be, recorder.remember(self.tokens_M), rows, cache)
         self.logits_WN, self.calls, self.problem = logits_WN.view(np.ndarray), recorder.finished(), recorder.problem
         self.kept, self.plans = (recorder.kept, recorder.pool), list(recorder.plans.values())
-        self._storage = [weakref.ref(stored) for stored in cache.storage()]
+        self.layout, self._storage = cache.layout(), [weakref.ref(stored) for stored in cache.storage()]
         self._places = self._found(cache.storage())
         # The interpreter's calls hold on to the arrays that they read.
         self.shared = not any(np.may_share_memory(x, stored) for x in recorder.touched for stored in cache.storage())
@@ -109,9 +109,14 @@ class Recording:
                     found.append((words, places, words[places] - at(stored), number))
         return found
 
-    def reads(self, cache: KernelCache) -> bool:
+    def reads(self, model: Model, cache: KernelCache) -> bool:
         """Whether it is this cache's memory that is read and written."""
-        return all(known() is stored for known, stored in zip(self._storage, cache.storage(), strict=True))
+        storage = zip(self._storage, cache.storage(), strict=True)
+        return self.model() is model and all(known() is stored for known, stored in storage)
+
+    def fits(self, model: Model, slots: tuple[int, ...], layout: Any) -> bool:
+        """Whether it can be of another cache that is laid out so."""
+        return self.model() is model and (self.slots, self.layout) == (slots, layout)
 
     def bind(self, cache: KernelCache) -> None:
         """Let it be that of another cache, which is laid out like the last one."""
@@ -144,11 +149,13 @@ class Steps(Tops):
         super().__init__(*args, **options)
         # Models of which a played step gave the bits of one that ran, by their identity and the number of rows.
         self._trusted: weakref.WeakValueDictionary[tuple[int, int], Model] = weakref.WeakValueDictionary()
-        # The latest recordings, by model, slots and layout of the cache.
-        self._recordings: OrderedDict[Any, Recording] = OrderedDict()
+        # Recordings whose caches are gone: a cache has its own, since others may be in use by other threads.
+        self._free: list[Recording] = []
 
     def new_cache(self, specs: Sequence[LayerSpec], max_context: int, kv_dtype: str | None = None) -> Cache:
-        return KernelCache(self, self.xp, specs, self.array_dtype, max_context, kv_dtype, self.available_memory)
+        cache = KernelCache(self, self.xp, specs, self.array_dtype, max_context, kv_dtype, self.available_memory)
+        weakref.finalize(cache, self._take_back, cache.recordings).atexit = False
+        return cache
 
     def angles(self, rope: Rope, positions_M: Array, /) -> Angles:
         def turned(positions_M: Array) -> tuple[Array, Array]:
@@ -180,9 +187,9 @@ class Steps(Tops):
             return None
         recording = self._recording(model, rows, cache)
         if recording is None:
-            cache.recordings[id(model), rows.slots] = recording = Recording(self, model, rows)
+            recording = Recording(self, model, rows)
             logits_WN = recording.record(self, model, state.tokens_M, rows, cache)
-            self._keep(recording, model, rows, cache)
+            cache.recordings[id(model), rows.slots] = recording
             return logits_WN
         if recording.problem:
             log_once(f"{self.name}.step runs every time: {recording.problem}")
@@ -190,22 +197,26 @@ class Steps(Tops):
         return self._played(recording, model, state.tokens_M, rows, cache)
 
     def _recording(self, model: Model, rows: Rows, cache: KernelCache) -> Recording | None:
-        """What there is for this cache, or for one that is laid out alike."""
-        own = cache.recordings.get((id(model), rows.slots))
-        if own is not None and own.model() is model and own.reads(cache):
-            return own
-        shared = self._recordings.get((id(model), rows.slots, cache.layout()))
-        if shared is None or shared.model() is not model:
-            return None
-        shared.bind(cache)
-        cache.recordings[id(model), rows.slots] = shared
-        return shared
+        """The cache's own, or one that a cache has left that was laid out alike."""
+        key = id(model), rows.slots
+        own = cache.recordings.get(key)
+        if own is not None:
+            if own.reads(model, cache):
+                return own
+            self._take_back({key: cache.recordings.pop(key)})
+        layout = cache.layout()
+        for free in reversed(self._free.copy()):
+            if free.fits(model, rows.slots, layout):
+                with contextlib.suppress(ValueError):  # another thread took it
+                    self._free.remove(free)
+                    free.bind(cache)
+                    cache.recordings[key] = free
+                    return free
+        return None
 
-    def _keep(self, recording: Recording, model: Model, rows: Rows, cache: KernelCache) -> None:
-        if recording.shared:
-            self._recordings[id(model), rows.slots, cache.layout()] = recording
-            if len(self._recordings) > RECORDINGS:
-                self._recordings.popitem(last=False)
+    def _take_back(self, recordings: Mapping[Any, Recording]) -> None:
+        self._free += [each for each in recordings.values() if each.shared]
+        del self._free[:-RECORDINGS]
 
     def _played(self, recording: Recording, model: Model, tokens_M: Array, rows: Rows, cache: KernelCache) -> Array:
         trust = id(model), len(rows.slots)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -102,7 +103,7 @@ def test_what_a_recording_misses_is_found_at_the_second_step(monkeypatch, caplog
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_recording_serves_every_cache_that_is_laid_out_alike(name, problems):
+def test_a_recording_serves_every_cache_that_is_laid_out_alike(name, problems, monkeypatch):
     llm = random_model(name)
     llm.backend._trusted = Never()
     first, last, other = ([5, 9, 33, 7], [8, 30, 31], [11, 12, 13, 14, 15, 2])
@@ -114,13 +115,25 @@ def test_a_recording_serves_every_cache_that_is_laid_out_alike(name, problems):
         asked = ((first, one), (other, two), (first + last, one))
         return [llm.generate(ids, cache=cache, **steps_of).tokens for ids, cache in asked]
 
-    with_recordings, recorded = answers(llm), len(llm.backend._recordings)
+    with_recordings = answers(llm)
+    recorded = len(llm.backend._free)
     assert recorded
     assert answers(llm) == with_recordings
-    assert len(llm.backend._recordings) == recorded
-    llm.backend._recordings = Never()
+    assert len(llm.backend._free) == recorded
+    monkeypatch.setattr(steps.Steps, "_take_back", lambda *_: None)
+    llm.backend._free.clear()
     assert answers(llm) == with_recordings
     assert set(problems) == {""}
+
+
+def test_threads_that_generate_at_once_do_not_share_a_recording():
+    llm = random_model("qwen3")
+    options = {"max_tokens": 20, "temperature": 0, "ignore_eos": True}
+    questions = [[5 + i, 9, 33 + i] for i in range(6)]
+    alone = [llm.generate(ids, **options).tokens for ids in questions]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda ids: llm.generate(ids, **options).tokens, questions * 4))
+    assert together == alone * 4
 
 
 def test_a_recording_that_the_interpreter_reads_the_cache_in_serves_that_cache_alone(monkeypatch, problems):
@@ -134,7 +147,7 @@ def test_a_recording_that_the_interpreter_reads_the_cache_in_serves_that_cache_a
     monkeypatch.setattr(type(llm.backend), "attention", looks)
     llm.generate([5, 6], max_tokens=3, temperature=0, ignore_eos=True)
     assert set(problems) == {""}
-    assert not llm.backend._recordings
+    assert not llm.backend._free
 
 
 def test_a_recording_keeps_no_cache(monkeypatch):
@@ -145,6 +158,6 @@ def test_a_recording_keeps_no_cache(monkeypatch):
     memory = [weakref.ref(stored) for cache in caches for stored in cache.storage()]
     caches.clear()
     gc.collect()
-    assert llm.backend._recordings
+    assert llm.backend._free
     assert memory
     assert not any(stored() is not None for stored in memory)
