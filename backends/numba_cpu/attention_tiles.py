@@ -13,7 +13,6 @@ import numpy as np
 from npllm.backends.numba_cpu.attention_job import (
     BITS,
     CAP,
-    COUNT,
     FEW,
     FORM,
     GROUPS,
@@ -28,7 +27,6 @@ from npllm.backends.numba_cpu.attention_job import (
     QUERY,
     ROWS,
     SCALE,
-    SPLIT,
     SPLIT_LANES,
     SUMS_AT,
     VALUE_ENTRY,
@@ -41,6 +39,7 @@ from npllm.backends.numba_cpu.attention_job import (
     record,
     seen,
     sink_of,
+    splits_in,
     within_split,
 )
 from npllm.backends.numba_cpu.attention_vectors import (
@@ -134,7 +133,7 @@ def _line(args, row):
 
 @inline
 def _splits(args, line):
-    return (word(line, COUNT) + SPLIT - 1) // SPLIT if lanes_of(args, line) <= SPLIT_LANES else 1
+    return splits_in(line) if lanes_of(args, line) <= SPLIT_LANES else 1
 
 
 @inline
@@ -174,6 +173,13 @@ def _attend(args, row, unit, space):
 
 
 @inline
+def _steps(args):
+    """Of a product with keys: a number of each, or a pair."""
+    width = word(args, KEY_WIDTH)
+    return (width + 1) // 2 if PAIRS and word(args, PAIRED) else width
+
+
+@inline
 def _seen(args, line, lane):
     """The keys that a lane's query sees."""
     return seen(args, line, word(line, QUERY) + lane // (word(args, HEADS) // word(args, GROUPS)))
@@ -206,7 +212,7 @@ def _open(args, line, group, lane, end, wide, apart, places, offset):
         low[i], high[i] = _seen(args, line, lane + i)
         if not apart:
             base[i], total[i] = sink_of(args, head)
-    turned(room, row, wide, (width + 1) // 2 if pairs else width, places[PANELS] + offset * width * 4, wide * 4)
+    turned(room, row, wide, _steps(args), places[PANELS] + offset * width * 4, wide * 4)
     clear(sums, wide * word(args, VALUE_WIDTH))
 
 
@@ -255,8 +261,8 @@ def _meet(args, line, row, group, begin, end, key, stop, far, places):
     k, k_row = _keys(args, line, row, group, key, stop, places[BLOCK_KEYS])
     ahead = k + TILE_ROWS * k_row, k_row, 4 * TILE_ROWS
     if k == places[BLOCK_KEYS] and stop < far:
-        entry, steps = word(args, KEY_ENTRY), (word(args, KEY_WIDTH) + pairs) // (1 + pairs)
-        ahead = entry_at(args, KEYS, line, row, group, stop)[0], entry, entry * TILE_ROWS // steps
+        entry = word(args, KEY_ENTRY)
+        ahead = entry_at(args, KEYS, line, row, group, stop)[0], entry, entry * TILE_ROWS // _steps(args)
     if not pairs and word(args, VALUES) == word(args, KEYS) and k_row % CROWDED:
         v, v_row = k, k_row
     else:
@@ -280,9 +286,9 @@ def _meet(args, line, row, group, begin, end, key, stop, far, places):
 @inline
 def _soft_tile(args, line, k, k_row, near, far, lane, end, wide, offset, ahead, places):
     """The tile of exponentials of keys near..far, which lie at `k`, with a panel -> its rows of numbers, or of pairs."""
-    width, pairs, tile = word(args, KEY_WIDTH), PAIRS and word(args, PAIRED), places[TILE]
-    steps, queries, count = (width + 1) // 2 if pairs else width, places[PANELS] + offset * width * 4, far - near
-    spread(k, k_row, 4, count, queries, wide, steps, tile, 0, pairs, ahead)
+    pairs, tile, count = PAIRS and word(args, PAIRED), places[TILE], far - near
+    queries = places[PANELS] + offset * word(args, KEY_WIDTH) * 4
+    spread(k, k_row, 4, count, queries, wide, _steps(args), tile, 0, pairs, ahead)
     if real(args, CAP) != 0:
         capped(args, tile, count * wide, np.float32(real(args, SCALE)))
     last = min(lane + wide, end) - 1

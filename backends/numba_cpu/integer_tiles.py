@@ -188,17 +188,17 @@ class _Tile:
 
     def _sums(self, panel: ir.Value, weights: Sequence[ir.Value], begin: Sequence[ir.Value]) -> list[ir.Value]:
         """`begin` plus a group's products, four numbers of each row at a time."""
+        e = self.e
 
         def quad(q: ir.Value, values: list[Any]) -> list[ir.Value]:
-            codes, new, offset = self._row(panel, q, CODES_OF), [], self.e.mul(q, TILE[0] * QUAD)
+            codes, new, offset = self._row(panel, q, CODES_OF), [], e.mul(q, TILE[0] * QUAD)
             for m in range(self.rows):
-                place = self.e.at(self._of_row(weights, m), offset)
+                place = e.at(self._of_row(weights, m), offset)
                 fours = [self._spread(e.at(place, plane * TILE[0] * GROUP)) for plane in range(FORMATS[self.kind].planes)]
                 sums = values[m * self.vectors : (m + 1) * self.vectors]
                 new += [self._product(total, fours, each) for total, each in zip(sums, codes, strict=True)]
             return new
 
-        e = self.e
         return e.loop(e.hidden(SCALES), begin, quad)
 
     def _spread(self, place: ir.Value) -> ir.Value:

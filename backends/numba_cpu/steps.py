@@ -1,4 +1,4 @@
-"""`step`: a decode step is recorded at its first time, and played from then on, over any cache that is laid out alike."""
+"""`step`: a decode step is recorded at its first time, and played from then on, as over the next cache laid out alike."""
 
 from __future__ import annotations
 

@@ -100,16 +100,21 @@ class Rows:
 # -- no waiting -----------------------------------------------------------------------------------------------------------
 
 
-def test_between_two_tokens_the_host_waits_for_nothing_but_the_step_before(log: list[tuple[str, int]]) -> None:
-    """While a token is read, the next step is under way; asking for it launches another and waits for this one alone."""
-    stream = model("qwen3").stream([5, 6, 7], max_tokens=12, ignore_eos=True)
+def done_for_tokens(stream: Iterator[Any], log: list[tuple[str, int]]) -> Iterator[list[tuple[str, int]]]:
+    """What the host does for each of seven tokens, from the fifth on, while the next step is under way."""
     for _ in range(4):
         next(stream)
     for _ in range(7):
         assert len(STREAM.todo) == 2, "a buffer to be written, a graph to be launched"
         log.clear()
         next(stream)
-        (one, wrote), (two, launched), waited = log
+        yield log.copy()
+
+
+def test_between_two_tokens_the_host_waits_for_nothing_but_the_step_before(log: list[tuple[str, int]]) -> None:
+    """While a token is read, the next step is under way; asking for it launches another and waits for this one alone."""
+    stream = model("qwen3").stream([5, 6, 7], max_tokens=12, ignore_eos=True)
+    for (one, wrote), (two, launched), waited in done_for_tokens(stream, log):
         assert (one, two) == ("write", "turn")
         assert waited == ("wait", wrote - 1) == ("wait", launched - 2)
     assert [piece.finish_reason for piece in stream] == ["length"]
@@ -168,13 +173,8 @@ PENALTIES: dict[str, Any] = {
 def test_penalties_and_biases_keep_nobody_waiting(log: list[tuple[str, int]]) -> None:
     """A row's history goes to the device once; the device adds what it draws, and the next step reads it."""
     stream = model("qwen3").stream([5, 6, 7], max_tokens=12, ignore_eos=True, **PENALTIES)
-    for _ in range(4):
-        next(stream)
-    for _ in range(7):
-        assert len(STREAM.todo) == 2, "a buffer to be written, a graph to be launched"
-        log.clear()
-        next(stream)
-        assert [what for what, _ in log] == ["write", "turn", "wait"]
+    for done in done_for_tokens(stream, log):
+        assert [what for what, _ in done] == ["write", "turn", "wait"]
     assert len(list(stream)) == 1
 
 
