@@ -42,8 +42,8 @@ from npllm.backends.numba_cpu.vectors import (
     more_dots_pairs,
 )
 
-# The place of `_multiply_rows` among the functions that kernels call.
-MULTIPLY_ROWS = 1
+# The places of `_multiply_rows` and `_multiply_places` among the functions that kernels call.
+MULTIPLY_ROWS, MULTIPLY_PLACES = 1, 4
 
 # Rows of weights that lie as pairs of bf16, beside storage formats.
 PAIRED = -1
@@ -73,15 +73,27 @@ def multiply_rows(team, matrix, begin, end, x, x_row, tokens, arithmetic, room, 
 
     The products go to `out`, float32 [end - begin + 1, together(tokens)]; `room` has space for TOGETHER rows of float32.
     """
-    call(function_at(team, MULTIPLY_ROWS), (matrix, begin, end, x, x_row, tokens, arithmetic, room, out))
+    if tokens == 1:
+        apart = (end - begin + ABREAST - 1) // ABREAST
+        multiply_places(team, matrix, begin, end, apart, apart, x, arithmetic, room, out, apart * 4)
+    else:
+        call(function_at(team, MULTIPLY_ROWS), (matrix, begin, end, x, x_row, tokens, arithmetic, room, out))
+
+
+@inline
+def multiply_places(team, matrix, begin, end, apart, count, x, arithmetic, room, out, out_apart):
+    """Rows of a matrix in ABREAST places, `count` of each, times one row of prepared activations.
+
+    Place p begins with row `begin + p apart`, of which there are none from `end` on; its products lie side by side at
+    `out + p out_apart`. `room` has space for a row of float32.
+    """
+    arguments = matrix, begin, end, apart, count, x, arithmetic, room, out, out_apart
+    call(function_at(team, MULTIPLY_PLACES), arguments)
 
 
 @called(MULTIPLY_ROWS, 9)
 def _multiply_rows(matrix, begin, end, x, x_row, tokens, arithmetic, room, out):
     """Two rows meet SEVERAL tokens at once, one of each half: each is read ahead where no other lies on its page."""
-    if tokens == 1:
-        _multiply_one(matrix, begin, end, x, arithmetic, room, out)
-        return
     width, out_row, half = word(matrix, COLUMNS), together(tokens) * 4, (end - begin + 1) // 2
     if arithmetic == INT8:
         for n in range(begin, end):
@@ -102,27 +114,28 @@ def _multiply_rows(matrix, begin, end, x, x_row, tokens, arithmetic, room, out):
             _multiply_more(row, x, x_row, tokens, width, kind, out + (n - begin) * out_row)
 
 
-@inline
-def _multiply_one(matrix, begin, end, x, arithmetic, room, out):
-    """One token meets ABREAST rows at once, as far apart as they can be; or one, where it has to be widened first."""
+@called(MULTIPLY_PLACES, 10)
+def _multiply_places(matrix, begin, end, apart, count, x, arithmetic, room, out, out_apart):
+    """A token meets a row of each place at once; or one row, where that has to be widened first."""
     kind = word(matrix, FORMAT)
     if kind == F8 or (kind >= Q8 and arithmetic != INT8) or (kind in (F32, F16) and arithmetic == BFLOAT16):
-        y = f32(out, end - begin)
-        for n in range(begin, end):
-            y[n - begin] = _dot(matrix, n, x, arithmetic, room)
+        for place in range(ABREAST):
+            first = begin + place * apart
+            y = f32(out + place * out_apart, count)
+            for i in range(min(count, end - first)):
+                y[i] = _dot(matrix, first + i, x, arithmetic, room)
         return
-    apart = (end - begin + ABREAST - 1) // ABREAST
-    n = begin
-    while n < min(end, begin + apart):
-        last = (end - 1 - n) // apart
-        times = min(begin + apart, end - last * apart) - n
-        _multiply_abreast(matrix, n, times, apart, last, x, arithmetic, out + (n - begin) * 4)
-        n += times
+    i = 0
+    while i < min(count, end - begin):
+        last = min(ABREAST - 1, (end - 1 - begin - i) // apart)
+        times = min(count, end - begin - last * apart) - i
+        _multiply_abreast(matrix, begin + i, times, apart, last, x, arithmetic, out + i * 4, out_apart)
+        i += times
 
 
 @inline
-def _multiply_abreast(matrix, n, times, apart, last, x, arithmetic, out):
-    """Rows n, n + apart, ... up to n + last apart, and as many of those that follow each: their products lie as they do."""
+def _multiply_abreast(matrix, n, times, apart, last, x, arithmetic, out, out_apart):
+    """Rows n, n + apart, ... up to n + last apart, and as many of those that follow each, times one row."""
     kind, width = word(matrix, FORMAT), word(matrix, COLUMNS)
     row, row_bytes = row_at(matrix, n), word(matrix, ROW_BYTES)
     rows_apart = apart * row_bytes
@@ -130,17 +143,17 @@ def _multiply_abreast(matrix, n, times, apart, last, x, arithmetic, out):
         factors, factor_row = factors_at(matrix, n), word(matrix, FACTOR_ROW)
         apart_too = apart * factor_row
         if kind == Q8:
-            abreast_q8(row, rows_apart, factors, apart_too, last, row_bytes, factor_row, times, x, width, out, apart * 4)
+            abreast_q8(row, rows_apart, factors, apart_too, last, row_bytes, factor_row, times, x, width, out, out_apart)
         else:
-            abreast_q4(row, rows_apart, factors, apart_too, last, row_bytes, factor_row, times, x, width, out, apart * 4)
+            abreast_q4(row, rows_apart, factors, apart_too, last, row_bytes, factor_row, times, x, width, out, out_apart)
     elif PAIRS and arithmetic == BFLOAT16:
-        abreast_pairs(row, rows_apart, last, row_bytes, times, x, width, out, apart * 4)
+        abreast_pairs(row, rows_apart, last, row_bytes, times, x, width, out, out_apart)
     elif kind == BF16:
-        abreast_bf16(row, rows_apart, last, row_bytes, times, x, width, out, apart * 4)
+        abreast_bf16(row, rows_apart, last, row_bytes, times, x, width, out, out_apart)
     elif kind == F16:
-        abreast_f16(row, rows_apart, last, row_bytes, times, x, width, out, apart * 4)
+        abreast_f16(row, rows_apart, last, row_bytes, times, x, width, out, out_apart)
     else:
-        abreast_f32(row, rows_apart, last, row_bytes, times, x, width, out, apart * 4)
+        abreast_f32(row, rows_apart, last, row_bytes, times, x, width, out, out_apart)
 
 
 @inline

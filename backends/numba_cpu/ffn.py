@@ -14,11 +14,11 @@ from npllm.backend import Norm, accelerates
 from npllm.backends.numba_cpu.activations import ACTIVATIONS, activate
 from npllm.backends.numba_cpu.arithmetic import BFLOAT16, INT8, INTEGERS, panelled, prepare_row
 from npllm.backends.numba_cpu.base import at
-from npllm.backends.numba_cpu.dots import multiply_rows, together
+from npllm.backends.numba_cpu.dots import multiply_places, multiply_rows, together
 from npllm.backends.numba_cpu.integer_tiles import ROWS_OF_GROUP, quantise_columns
 from npllm.backends.numba_cpu.integers import GROUP
 from npllm.backends.numba_cpu.jit import inline, kernel
-from npllm.backends.numba_cpu.linear import stream_rows
+from npllm.backends.numba_cpu.linear import stretch_end
 from npllm.backends.numba_cpu.matrix import COLUMNS, ROWS
 from npllm.backends.numba_cpu.memory import f32, u32, word
 from npllm.backends.numba_cpu.panels import NARROW, clear, pack, panel_bytes, panel_width, steps_of
@@ -27,7 +27,7 @@ from npllm.backends.numba_cpu.source import COUNT, FORM, PAIRS, SOURCE_WORDS, WI
 from npllm.backends.numba_cpu.tape import entry
 from npllm.backends.numba_cpu.team import next_chunk, scratch
 from npllm.backends.numba_cpu.tiles import AFTER, PRODUCT_ROW, TOKENS, WIDENED, multiply
-from npllm.backends.numba_cpu.vectors import BLOCK, TOGETHER
+from npllm.backends.numba_cpu.vectors import ABREAST, BLOCK, TOGETHER
 from npllm.weights import MLP, GatedFFN, Linear
 
 # What hidden features are made by, HIDDEN_WORDS of a kernel's arguments: the products' arithmetic and the activation; gate
@@ -50,14 +50,41 @@ def hidden_few(args, team, thread, threads):
     for m in range(tokens):
         read_row(args, m, space + m * row_bytes)
         prepare_row(space + m * row_bytes, width, arithmetic)
-    rows, per, room = word(gate, ROWS), stream_rows(gate, threads), space + tokens * row_bytes
+    rows, places, room = word(gate, ROWS), ABREAST if tokens == 1 else 1, space + tokens * row_bytes
     words = arithmetic, word(layer, ACT), gate, word(layer, GATE_BIAS), word(layer, UP), word(layer, UP_BIAS)
-    while True:
-        begin = next_chunk(team) * per
-        if begin >= rows:
-            break
-        end = min(rows, begin + per)
-        hidden_rows(team, words, begin, end, space, row_bytes, tokens, room, hidden + begin * 4, hidden_row)
+    apart = (rows + threads * places - 1) // (threads * places)
+    part, chunk, stop = 0, next_chunk(team), 0
+    while stop < apart:
+        start, stop = stop, stretch_end(stop, apart, gate, AT_ONCE // places)
+        while chunk - part < threads:
+            begin = (chunk - part) * places * apart
+            end = min(rows, begin + places * apart)
+            if tokens == 1:
+                _hidden_places(team, words, begin + start, end, apart, stop - start, space, room, hidden)
+            else:
+                end, to = min(end, begin + stop), hidden + (begin + start) * 4
+                hidden_rows(team, words, begin + start, end, space, row_bytes, tokens, room, to, hidden_row)
+            chunk = next_chunk(team)
+        part += threads
+
+
+@inline
+def _hidden_places(team, layer, begin, end, apart, count, x, room, hidden):
+    """Hidden features of one token, in places, as `multiply_places` knows them, of AT_ONCE in all at most."""
+    gate, up, arithmetic, act = layer[GATE], layer[UP], layer[ARITHMETIC], layer[ACT]
+    products = room + row_room(word(gate, COLUMNS))
+    multiply_places(team, gate, begin, end, apart, count, x, arithmetic, room, hidden + begin * 4, apart * 4)
+    if up:
+        multiply_places(team, up, begin, end, apart, count, x, arithmetic, room, products, count * 4)
+    for first in range(begin, min(end, begin + ABREAST * apart), apart):
+        y = f32(hidden + first * 4, min(count, end - first))
+        product = f32(products + (first - begin) // apart * count * 4, y.size)
+        for i in range(y.size):
+            y[i] += bias_of(layer[GATE_BIAS], first + i)
+        activate(act, hidden + first * 4, y.size)
+        if up:
+            for i in range(y.size):
+                y[i] *= product[i] + bias_of(layer[UP_BIAS], first + i)
 
 
 @inline

@@ -198,13 +198,16 @@ class _Rows:
         return [e.b.fadd(x, y) for x, y in zip(whole, single, strict=True)]
 
     def _block(self, groups: int, first: ir.Value, values: list[Any]) -> list[ir.Value]:
-        e, count = self.e, len(self.rows)
-        if groups > 1 and len(self.weights) == 1:
-            e.stream([e.at(self.weights[0], e.mul(first, self.size))], groups * self.size)
+        count = len(self.rows)
+        if groups > 1:
+            self._stream(groups, first)
         new = []
         for i, (w, factors) in enumerate(zip(self.weights, self.factors, strict=True)):
             new += self._row(w, factors, groups, first, values[i * count : (i + 1) * count])
         return new
+
+    def _stream(self, groups: int, first: ir.Value) -> None:
+        self.e.stream([self.e.at(w, self.e.mul(first, self.size)) for w in self.weights], groups * self.size)
 
     def _row(self, w: ir.Value, at: ir.Value, groups: int, first: ir.Value, values: list[Any]) -> list[Any]:
         """`values` plus the products of one row of weights."""
@@ -267,6 +270,7 @@ class _Pairs(_Rows):
     def _block(self, groups: int, first: ir.Value, values: list[Any]) -> list[ir.Value]:
         if groups == 1:
             return super()._block(groups, first, values)
+        self._stream(groups, first)
         e, b, (x,) = self.e, self.e.b, self.rows
         block, order = e.at(x, e.mul(first, GROUP_BYTES)), [0, 2, 0, 2, 1, 3, 1, 3]
         scales = e.load(ir.VectorType(F32, BLOCK), e.at(block, SCALES * BLOCK), 4)

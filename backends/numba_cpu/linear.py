@@ -8,9 +8,9 @@ meet every row of the weights by a dot product (npllm.backends.numba_cpu.dots); 
 from __future__ import annotations
 
 from npllm.backends.numba_cpu.arithmetic import FLOAT32, prepare_row
-from npllm.backends.numba_cpu.dots import multiply_rows, prepared_row, together
+from npllm.backends.numba_cpu.dots import multiply_places, multiply_rows, prepared_row, together
 from npllm.backends.numba_cpu.jit import inline, kernel
-from npllm.backends.numba_cpu.matrix import ROW_BYTES, ROWS
+from npllm.backends.numba_cpu.matrix import COLUMNS, ROW_BYTES, ROWS
 from npllm.backends.numba_cpu.memory import f32, word
 from npllm.backends.numba_cpu.panels import NARROW, turned
 from npllm.backends.numba_cpu.source import COUNT, FORM, SOURCE_WORDS, WIDTH, read_row
@@ -22,9 +22,8 @@ from npllm.backends.numba_cpu.vectors import ABREAST, BLOCK, LANES, TOGETHER
 # bias [F], or 0; residual and how many bytes apart its rows are, or 0.
 MATRIX, OUT, OUT_ROW, BIAS, RESIDUAL, RESIDUAL_ROW, OUTPUT_WORDS = range(7)
 
-# Bytes of weights, and rows, that a thread takes at a time at most where memory is the limit; and the parts at least, for
-# each thread, that a matrix then has, so that none waits long for another.
-STREAM, MOST_ROWS, SHARES = 1 << 19, 2048, 2
+# Bytes of a place that a thread takes at a time at least, where memory is the limit; and rows of several tokens at most.
+LEAST, MOST = 1 << 13, 2048
 
 
 # -- many tokens ------------------------------------------------------------------------------------------------------
@@ -92,30 +91,55 @@ def multiply_few(args, team, thread, threads):
     for m in range(tokens):
         read_row(args, m, space + m * row_bytes)
         prepare_row(space + m * row_bytes, width, arithmetic)
-    room, room_row = space + tokens * row_bytes + 64, prepared_row(width, FLOAT32)
-    outputs, base, chunk = args + 8 * (SOURCE_WORDS + 2), 0, next_chunk(team)
+    places, part, chunk = ABREAST if tokens == 1 else 1, 0, next_chunk(team)
     for i in range(count):
-        output = outputs + i * OUTPUT_WORDS * 8
-        matrix = word(output, MATRIX)
-        rows, per = word(matrix, ROWS), stream_rows(matrix, threads)
-        blocks = (rows + per - 1) // per
-        while chunk - base < blocks:
-            begin = (chunk - base) * per
-            end = min(rows, begin + per)
-            products = room + TOGETHER * room_row
-            finished = products + (per + 1) * together(tokens) * 4
-            multiply_rows(team, matrix, begin, end, space, row_bytes, tokens, arithmetic, room, products)
-            for m in range(tokens):
-                y, x = f32(finished, end - begin), f32(products, end - begin, together(tokens))
-                for n in range(y.size):
-                    y[n] = x[n, m]
-                _finish(output, m, begin, y)
-            chunk = next_chunk(team)
-        base += blocks
+        output = args + 8 * (SOURCE_WORDS + 2 + i * OUTPUT_WORDS)
+        matrix, stop = word(output, MATRIX), 0
+        rows = word(matrix, ROWS)
+        apart = (rows + threads * places - 1) // (threads * places)
+        while stop < apart:
+            start, stop = stop, stretch_end(stop, apart, matrix, rows if tokens == 1 else MOST)
+            while chunk - part < threads:
+                begin = (chunk - part) * places * apart
+                end = min(rows, begin + places * apart)
+                if tokens == 1:
+                    _one(team, output, begin + start, end, apart, stop - start, space, row_bytes, arithmetic)
+                else:
+                    _some(team, output, begin + start, min(end, begin + stop), space, row_bytes, tokens, arithmetic)
+                chunk = next_chunk(team)
+            part += threads
 
 
 @inline
-def stream_rows(matrix, threads):
-    """Rows that a thread takes at a time, where memory is the limit."""
-    fitting, share = STREAM // max(1, word(matrix, ROW_BYTES)), word(matrix, ROWS) // (SHARES * threads)
-    return max(ABREAST, min(MOST_ROWS, fitting, share) // ABREAST * ABREAST)
+def stretch_end(start, apart, matrix, most):
+    """Where the stretch ends that begins so far into places of `apart` rows: half of what is left, at most so many rows.
+
+    A matrix is dealt out to threads in stretches of as many shares as there are threads, one after the other. A thread then
+    goes on where it was, which memory likes, and all are done at about the same time.
+    """
+    left, least = apart - start, LEAST // max(1, word(matrix, ROW_BYTES))
+    half = left if left <= 2 * least else (left + 1) // 2
+    return start + min(most, half)
+
+
+@inline
+def _one(team, output, begin, end, apart, count, x, row_bytes, arithmetic):
+    """Some rows in places, as `multiply_places` knows them, times one token."""
+    out = word(output, OUT) + begin * 4
+    multiply_places(team, word(output, MATRIX), begin, end, apart, count, x, arithmetic, x + row_bytes + 64, out, apart * 4)
+    for first in range(begin, min(end, begin + ABREAST * apart), apart):
+        _finish(output, 0, first, f32(word(output, OUT) + first * 4, min(count, end - first)))
+
+
+@inline
+def _some(team, output, begin, end, x, row_bytes, tokens, arithmetic):
+    """Rows begin..end times some tokens, whose prepared activations lie at `x`."""
+    room, matrix = x + tokens * row_bytes + 64, word(output, MATRIX)
+    products = room + TOGETHER * prepared_row(word(matrix, COLUMNS), FLOAT32)
+    finished = products + (end - begin + 1) * together(tokens) * 4
+    multiply_rows(team, matrix, begin, end, x, row_bytes, tokens, arithmetic, room, products)
+    for m in range(tokens):
+        y, product = f32(finished, end - begin), f32(products, end - begin, together(tokens))
+        for n in range(y.size):
+            y[n] = product[n, m]
+        _finish(output, m, begin, y)

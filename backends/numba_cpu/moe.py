@@ -20,7 +20,7 @@ from npllm.backends.numba_cpu.base import Base, at
 from npllm.backends.numba_cpu.dots import multiply_rows, together
 from npllm.backends.numba_cpu.ffn import features_of, hidden_panels, hidden_rows, row_room
 from npllm.backends.numba_cpu.jit import inline, kernel
-from npllm.backends.numba_cpu.linear import stream_rows
+from npllm.backends.numba_cpu.matrix import ROW_BYTES, ROWS
 from npllm.backends.numba_cpu.memory import f32, i64, word
 from npllm.backends.numba_cpu.norms import Norms
 from npllm.backends.numba_cpu.panels import NARROW, WIDE, clear, pack_rows, steps_of, turned
@@ -29,7 +29,7 @@ from npllm.backends.numba_cpu.stack import Matrices
 from npllm.backends.numba_cpu.tape import entry
 from npllm.backends.numba_cpu.team import SCRATCH_BYTES, next_chunk, scratch
 from npllm.backends.numba_cpu.tiles import PRODUCT_ROW, TOKENS, WIDENED, multiply
-from npllm.backends.numba_cpu.vectors import BLOCK, LANES, TOGETHER
+from npllm.backends.numba_cpu.vectors import ABREAST, BLOCK, LANES, TOGETHER
 from npllm.weights import Experts
 
 # What all kernels here begin with, MIXTURE_WORDS: x [M, D], M, C, E, D, F; the choices' indices, int64, and their weights
@@ -45,6 +45,9 @@ EXPERT, BEGIN, COUNT, COLUMN, PLANNED = range(5)
 
 # Rows of `down` of each expert that a thread takes at a time, where tokens are few.
 SAID_ROWS = 48
+
+# Bytes of `gate`, and rows, that a thread takes at a time at most; and the parts at least, for each thread, that it has.
+STREAM, MOST_ROWS, SHARES = 1 << 19, 2048, 2
 
 # Choices whose panels and results are in memory at a time.
 SLAB = 1 << 13
@@ -125,7 +128,7 @@ def hidden_of_few(args, team, thread, threads):
     """Hidden features [M C, F] of few tokens."""
     E, F, planned, space = word(args, EXPERTS), word(args, FEATURES), word(args, PLAN), scratch(team, thread)
     row_bytes, order = row_room(word(args, WIDTH)), planned + 8 * (1 + PLANNED * E)
-    per = stream_rows(word(word(args, GATES), 0), threads) if E else 1
+    per = _features_at_once(word(word(args, GATES), 0), threads) if E else 1
     blocks, seen = (F + per - 1) // per, -1
     while True:
         chunk = next_chunk(team)
@@ -139,6 +142,13 @@ def hidden_of_few(args, team, thread, threads):
             seen = expert
         to, end = word(args, HIDDEN) + (word(each, BEGIN) * F + begin) * 4, min(F, begin + per)
         hidden_rows(team, layer_of(args, expert), begin, end, space, row_bytes, count, space + count * row_bytes, to, F * 4)
+
+
+@inline
+def _features_at_once(gate, threads):
+    """Hidden features of an expert that a thread takes at a time: at most STREAM bytes, or a share of all."""
+    fitting, share = STREAM // max(1, word(gate, ROW_BYTES)), word(gate, ROWS) // (SHARES * threads)
+    return max(ABREAST, min(MOST_ROWS, fitting, share) // ABREAST * ABREAST)
 
 
 @kernel(MIXTURE)
