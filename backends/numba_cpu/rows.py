@@ -62,7 +62,7 @@ def fill_rows(matrix, begin, end, first, last, rounds, out, out_row):
             _fill_pairs(matrix, n, first, last, place)
         else:
             _fill(matrix, n, first, last, place)
-        if rounds and not PAIRS:
+        if rounds and not PAIRS and kind != BF16:
             y = f32(place, last - first)
             for k in range(y.size):
                 y[k] = rounded(y[k])

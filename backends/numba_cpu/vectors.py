@@ -242,6 +242,9 @@ ABREAST = 4
 # Rows of weights and tokens that meet at once, where tokens are few; or one row and MORE tokens.
 TOGETHER, SEVERAL, MORE = 2, 4, 8
 
+# Steps of a tile in one turn of its loop.
+STEPS_AT_ONCE = 4
+
 # Rows of weights that a thread takes at a time, where tokens are many: they meet one panel, then the next.
 BLOCK = 48
 
@@ -484,11 +487,10 @@ def _tile(e: Emit, pairs: bool, rows: int, vectors: int, args: Sequence[ir.Value
     adds = e.b.icmp_signed("!=", add, e.i64(0))
     old = [e.b.select(adds, e.load(VF, place, 4), e.zeros(VF)) for place in places]
 
-    def body(k: ir.Value, values: list[Any]) -> list[ir.Value]:
+    def step(values: list[Any]) -> list[ir.Value]:
         row, offset, ahead, *sums = values
-        new = [e.hidden(e.at(place, step)) for place, step in ((row, b_step), (offset, a_step), (ahead, ahead_step))]
-        e.prefetch(ahead)
         columns = [e.load(vector, e.at(row, v * LANES * 4), 4) for v in range(vectors)]
+        new = [e.hidden(e.at(row, b_step)), e.hidden(e.at(offset, a_step)), ahead]
         for m in range(rows):
             x = e.splat(e.load(scalar, e.at(starts[m], offset), 4), LANES)
             for v in range(vectors):
@@ -496,7 +498,18 @@ def _tile(e: Emit, pairs: bool, rows: int, vectors: int, args: Sequence[ir.Value
                 new.append(multiplied_pairs(e, total, x, columns[v]) if pairs else e.fma(x, columns[v], total))
         return new
 
-    last_ones = e.loop(count, [b, e.i64(0), ahead, *old], body)
+    def several(k: ir.Value, values: list[Any]) -> list[ir.Value]:
+        row, offset, ahead, *sums = values
+        ahead = e.hidden(e.at(ahead, e.mul(ahead_step, STEPS_AT_ONCE)))
+        e.prefetch(ahead)
+        values = [row, offset, ahead, *sums]
+        for _ in range(STEPS_AT_ONCE):
+            values = step(values)
+        return values
+
+    turns = e.b.sdiv(count, e.i64(STEPS_AT_ONCE))
+    values = e.loop(turns, [b, e.i64(0), ahead, *old], several)
+    last_ones = e.loop(e.b.sub(count, e.mul(turns, STEPS_AT_ONCE)), values, lambda k, values: step(values))
     for place, value in zip(places, last_ones[3:], strict=True):
         e.store(value, place, 4)
 
