@@ -242,8 +242,8 @@ ABREAST = 4
 # Rows of weights and tokens that meet at once, where tokens are few; or one row and MORE tokens.
 TOGETHER, SEVERAL, MORE = 2, 4, 8
 
-# Steps of a tile in one turn of its loop.
-STEPS_AT_ONCE = 4
+# Steps of a tile in one turn of its loop, and for each line of what comes next: no step asks for more than half of one.
+STEPS_AT_ONCE, STEPS_OF_LINE = 4, 2
 
 # Rows of weights that a thread takes at a time, where tokens are many: they meet one panel, then the next.
 BLOCK = 48
@@ -499,11 +499,10 @@ def _tile(e: Emit, pairs: bool, rows: int, vectors: int, args: Sequence[ir.Value
         return new
 
     def several(k: ir.Value, values: list[Any]) -> list[ir.Value]:
-        row, offset, ahead, *sums = values
-        ahead = e.hidden(e.at(ahead, e.mul(ahead_step, STEPS_AT_ONCE)))
-        e.prefetch(ahead)
-        values = [row, offset, ahead, *sums]
-        for _ in range(STEPS_AT_ONCE):
+        for i in range(STEPS_AT_ONCE):
+            if i % STEPS_OF_LINE == 0:
+                values = [*values[:2], e.hidden(e.at(values[2], e.mul(ahead_step, STEPS_OF_LINE))), *values[3:]]
+                e.prefetch(values[2])
             values = step(values)
         return values
 
