@@ -86,8 +86,8 @@ def _apart(e: Emit, first: ir.Value, row: ir.Value, j: ir.Value, apart: ir.Value
     return [e.at(first, e.b.mul(row, e.b.add(j, e.mul(apart, n)))) for n in range(count)]
 
 
-def _ask(e: Emit, kind: str, places: Sequence[ir.Value], row: ir.Value, width: ir.Value) -> None:
-    """Ask for the rows that follow those at `places`, where widening them leaves memory time that the CPU does not use."""
+def _ask_for_next(e: Emit, kind: str, places: Sequence[ir.Value], row: ir.Value, width: ir.Value) -> None:
+    """Ask for the rows that follow those at `places`, where widening these takes longer than memory does."""
     if kind != "bf16":
         return
 
@@ -116,7 +116,7 @@ def _score(e: Emit, kind: str, together: int, args: Sequence[ir.Value]) -> None:
         # Behind the last key it is computed again, with the same result.
         places = [e.least(b.add(j, e.mul(apart, n)), b.sub(count, e.i64(1))) for n in range(keys_at_once)]
         keys = [e.at(k, b.mul(k_row, place)) for place in places]
-        _ask(e, kind, keys, k_row, width)
+        _ask_for_next(e, kind, keys, k_row, width)
 
         def step(n: ir.Value, totals: list[Any]) -> list[ir.Value]:
             numbers = [widened(e, kind, e.at(key, e.mul(n, size * LANES))) for key in keys]
@@ -148,7 +148,7 @@ def _weigh(e: Emit, kind: str, together: int, args: Sequence[ir.Value]) -> None:
     def weighed(first: ir.Value, apart: ir.Value, rows: int) -> None:
         """Add the values of rows `first`, `first + apart`, ... to the sums."""
         places = _apart(e, v, v_row, first, apart, rows)
-        _ask(e, kind, places, v_row, width)
+        _ask_for_next(e, kind, places, v_row, width)
         factors = [[e.load(F32, each, 4) for each in _apart(e, w, e.i64(4), first, apart, rows)] for w in weights]
 
         def columns(at: ir.Value, lanes: int) -> list[ir.Value]:

@@ -1,6 +1,6 @@
 """`gated_ffn`: `residual + down(act(gate h) * up h)` with `h = norm(x)`; and `mlp`, the same without `up`.
 
-Few tokens: a row of `gate` and the same of `up` meet each token, a block of rows at a time; `down` is a product like others.
+Few tokens: some rows of `gate` and the same of `up` meet each token; `down` is a product like others.
 Many: blocks of products [features, tokens] of both, still in the core's cache, become hidden features and are written
 straight into the panels that `down` reads, of which a feature is a step.
 """
@@ -12,14 +12,14 @@ import numpy as np
 from npllm.arrays import Array
 from npllm.backend import Norm, accelerates
 from npllm.backends.numba_cpu.activations import ACTIVATIONS, activate
-from npllm.backends.numba_cpu.arithmetic import BFLOAT16, INT8, INTEGERS, panelled, prepare_row
+from npllm.backends.numba_cpu.arithmetic import BFLOAT16, FLOAT32, INT8, INTEGERS, panelled, prepare_row
 from npllm.backends.numba_cpu.base import at
-from npllm.backends.numba_cpu.dots import multiply_places, multiply_rows, together
+from npllm.backends.numba_cpu.dots import multiply_places, multiply_rows, prepared_row, together
 from npllm.backends.numba_cpu.integer_tiles import ROWS_OF_GROUP, quantise_columns
 from npllm.backends.numba_cpu.integers import GROUP
 from npllm.backends.numba_cpu.jit import inline, kernel
-from npllm.backends.numba_cpu.linear import stretch_end
-from npllm.backends.numba_cpu.matrix import COLUMNS, ROWS
+from npllm.backends.numba_cpu.linear import rows_of_place, share, stretch_end
+from npllm.backends.numba_cpu.matrix import COLUMNS, ROW_BYTES, ROWS
 from npllm.backends.numba_cpu.memory import f32, u32, word
 from npllm.backends.numba_cpu.panels import NARROW, clear, pack, panel_bytes, panel_width, steps_of
 from npllm.backends.numba_cpu.products import FEW, Products, unprepared
@@ -52,45 +52,26 @@ def hidden_few(args, team, thread, threads):
         prepare_row(space + m * row_bytes, width, arithmetic)
     rows, places, room = word(gate, ROWS), ABREAST if tokens == 1 else 1, space + tokens * row_bytes
     words = arithmetic, word(layer, ACT), gate, word(layer, GATE_BIAS), word(layer, UP), word(layer, UP_BIAS)
-    apart = (rows + threads * places - 1) // (threads * places)
-    part, chunk, stop = 0, next_chunk(team), 0
+    apart = rows_of_place(rows, places, threads)
+    dealt, chunk, stop = 0, next_chunk(team), 0
     while stop < apart:
-        start, stop = stop, stretch_end(stop, apart, gate, AT_ONCE // places)
-        while chunk - part < threads:
-            begin = (chunk - part) * places * apart
-            end = min(rows, begin + places * apart)
-            if tokens == 1:
-                _hidden_places(team, words, begin + start, end, apart, stop - start, space, room, hidden)
-            else:
-                end, to = min(end, begin + stop), hidden + (begin + start) * 4
+        start, stop = stop, stretch_end(stop, apart, word(gate, ROW_BYTES), AT_ONCE // places)
+        while chunk - dealt < threads:
+            begin, end = share(chunk - dealt, apart, places, rows)
+            to = hidden + (begin + start) * 4
+            if begin + start < end and tokens == 1:
+                _hidden_places(team, words, begin + start, end, apart, stop - start, space, room, to)
+            elif begin + start < end:
+                end = min(end, begin + stop)
                 hidden_rows(team, words, begin + start, end, space, row_bytes, tokens, room, to, hidden_row)
             chunk = next_chunk(team)
-        part += threads
-
-
-@inline
-def _hidden_places(team, layer, begin, end, apart, count, x, room, hidden):
-    """Hidden features of one token, in places, as `multiply_places` knows them, of AT_ONCE in all at most."""
-    gate, up, arithmetic, act = layer[GATE], layer[UP], layer[ARITHMETIC], layer[ACT]
-    products = room + row_room(word(gate, COLUMNS))
-    multiply_places(team, gate, begin, end, apart, count, x, arithmetic, room, hidden + begin * 4, apart * 4)
-    if up:
-        multiply_places(team, up, begin, end, apart, count, x, arithmetic, room, products, count * 4)
-    for first in range(begin, min(end, begin + ABREAST * apart), apart):
-        y = f32(hidden + first * 4, min(count, end - first))
-        product = f32(products + (first - begin) // apart * count * 4, y.size)
-        for i in range(y.size):
-            y[i] += bias_of(layer[GATE_BIAS], first + i)
-        activate(act, hidden + first * 4, y.size)
-        if up:
-            for i in range(y.size):
-                y[i] *= product[i] + bias_of(layer[UP_BIAS], first + i)
+        dealt += threads
 
 
 @inline
 def row_room(width):
-    """Bytes for a row of prepared activations, whole cache lines."""
-    return (width + 1 + 15) // 16 * 64
+    """Bytes for a row of prepared activations of any arithmetic."""
+    return prepared_row(width, FLOAT32)
 
 
 @inline
@@ -104,6 +85,10 @@ def hidden_rows(team, layer, begin, end, x, x_row, tokens, room, out, out_row):
     products, per = room + TOGETHER * row_room(word(gate, COLUMNS)), max(1, AT_ONCE // together(tokens))
     for first in range(begin, end, per):
         count, to = min(per, end - first), out + (first - begin) * 4
+        if tokens == 1:
+            apart = (count + ABREAST - 1) // ABREAST
+            _hidden_places(team, layer, first, first + count, apart, apart, x, room, to)
+            continue
         for part in range(2 if up else 1):
             matrix, bias = (up, layer[UP_BIAS]) if part else (gate, layer[GATE_BIAS])
             multiply_rows(team, matrix, first, first + count, x, x_row, tokens, arithmetic, room, products)
@@ -114,6 +99,28 @@ def hidden_rows(team, layer, begin, end, x, x_row, tokens, room, out, out_row):
                     y[i] = y[i] * value if part else value
                 if part == 0:
                     activate(act, to + m * out_row, count)
+
+
+@inline
+def _hidden_places(team, layer, begin, end, apart, count, x, room, out):
+    """Hidden features of one token, in places, as `multiply_places` knows them, of AT_ONCE in all at most."""
+    gate, up, arithmetic, act = layer[GATE], layer[UP], layer[ARITHMETIC], layer[ACT]
+    products = room + row_room(word(gate, COLUMNS))
+    multiply_places(team, gate, begin, end, apart, count, x, arithmetic, room, out, apart * 4)
+    if up:
+        multiply_places(team, up, begin, end, apart, count, x, arithmetic, room, products, count * 4)
+    for place in range(ABREAST):
+        first = begin + place * apart
+        if first >= end:
+            break
+        at, product = out + place * apart * 4, f32(products + place * count * 4, count)
+        y = f32(at, min(count, end - first))
+        for i in range(y.size):
+            y[i] += bias_of(layer[GATE_BIAS], first + i)
+        activate(act, at, y.size)
+        if up:
+            for i in range(y.size):
+                y[i] *= product[i] + bias_of(layer[UP_BIAS], first + i)
 
 
 @inline

@@ -31,6 +31,7 @@ from npllm.backends.numba_cpu.vectors import (
     LANES,
     SEVERAL,
     Emit,
+    ahead_of,
     emitting,
     from_halves,
     rows_of,
@@ -207,7 +208,8 @@ class _Rows:
         return new
 
     def _stream(self, groups: int, first: ir.Value) -> None:
-        self.e.stream([self.e.at(w, self.e.mul(first, self.size)) for w in self.weights], groups * self.size)
+        places = [self.e.at(w, self.e.mul(first, self.size)) for w in self.weights]
+        self.e.stream(places, groups * self.size, ahead_of(self.weights))
 
     def _row(self, w: ir.Value, at: ir.Value, groups: int, first: ir.Value, values: list[Any]) -> list[Any]:
         """`values` plus the products of one row of weights."""

@@ -19,11 +19,11 @@ from npllm.backends.numba_cpu.tiles import PRODUCT_ROW, TOKENS, WIDENED, multipl
 from npllm.backends.numba_cpu.vectors import ABREAST, BLOCK, LANES, TOGETHER
 
 # An output, OUTPUT_WORDS in a list: a matrix's description; where its product goes and how many bytes apart its rows are;
-# bias [F], or 0; residual and how many bytes apart its rows are, or 0.
+# bias [F], or 0; residual, in memory of its own, and how many bytes apart its rows are, or 0.
 MATRIX, OUT, OUT_ROW, BIAS, RESIDUAL, RESIDUAL_ROW, OUTPUT_WORDS = range(7)
 
-# Bytes of a place that a thread takes at a time at least, where memory is the limit; and rows of several tokens at most.
-LEAST, MOST = 1 << 13, 2048
+# Bytes of a place below which a stretch is not halved, where memory is the limit; and its rows at most, of several tokens.
+LEAST_BYTES, MOST_ROWS = 1 << 13, 2048
 
 
 # -- many tokens ------------------------------------------------------------------------------------------------------
@@ -64,8 +64,16 @@ def _hand_out(output, begin, end, first, last, products):
 
 @inline
 def _finish(output, m, begin, products):
-    """Add bias and residual to the features from `begin` on of token m, and store them."""
+    """Store the features from `begin` on of token m, with bias and residual."""
+    _complete(output, m, begin, products)
     y = f32(word(output, OUT) + m * word(output, OUT_ROW) + begin * 4, products.size)
+    for n in range(products.size):
+        y[n] = products[n]
+
+
+@inline
+def _complete(output, m, begin, products):
+    """Add bias and residual to the features from `begin` on of token m."""
     bias_at, residual_at = word(output, BIAS), word(output, RESIDUAL)
     if bias_at:
         bias = f32(bias_at + begin * 4, products.size)
@@ -75,8 +83,6 @@ def _finish(output, m, begin, products):
         residual = f32(residual_at + m * word(output, RESIDUAL_ROW) + begin * 4, products.size)
         for n in range(products.size):
             products[n] += residual[n]
-    for n in range(products.size):
-        y[n] = products[n]
 
 
 # -- few tokens -------------------------------------------------------------------------------------------------------
@@ -91,48 +97,61 @@ def multiply_few(args, team, thread, threads):
     for m in range(tokens):
         read_row(args, m, space + m * row_bytes)
         prepare_row(space + m * row_bytes, width, arithmetic)
-    places, part, chunk = ABREAST if tokens == 1 else 1, 0, next_chunk(team)
+    places, dealt, chunk = ABREAST if tokens == 1 else 1, 0, next_chunk(team)
     for i in range(count):
         output = args + 8 * (SOURCE_WORDS + 2 + i * OUTPUT_WORDS)
         matrix, stop = word(output, MATRIX), 0
         rows = word(matrix, ROWS)
-        apart = (rows + threads * places - 1) // (threads * places)
+        apart = rows_of_place(rows, places, threads)
         while stop < apart:
-            start, stop = stop, stretch_end(stop, apart, matrix, rows if tokens == 1 else MOST)
-            while chunk - part < threads:
-                begin = (chunk - part) * places * apart
-                end = min(rows, begin + places * apart)
-                if tokens == 1:
-                    _one(team, output, begin + start, end, apart, stop - start, space, row_bytes, arithmetic)
-                else:
-                    _some(team, output, begin + start, min(end, begin + stop), space, row_bytes, tokens, arithmetic)
+            start, stop = stop, stretch_end(stop, apart, word(matrix, ROW_BYTES), rows if tokens == 1 else MOST_ROWS)
+            while chunk - dealt < threads:
+                begin, end = share(chunk - dealt, apart, places, rows)
+                if begin + start < end and tokens == 1:
+                    _meet_one(team, output, begin + start, end, apart, stop - start, space, row_bytes, arithmetic)
+                elif begin + start < end:
+                    _meet_some(team, output, begin + start, min(end, begin + stop), space, row_bytes, tokens, arithmetic)
                 chunk = next_chunk(team)
-            part += threads
+            dealt += threads
+
+
+# A matrix is dealt out in as many shares as there are threads. A share lies in places of `apart` rows, one after the other,
+# so many that a token meets a row of each at once; several tokens have one place. A stretch is some rows of every place of
+# every share: a chunk of work is that of one share. So each share is read from its beginning to its end, which memory likes,
+# and the last chunks are small, so that no thread waits long for another.
 
 
 @inline
-def stretch_end(start, apart, matrix, most):
-    """Where the stretch ends that begins so far into places of `apart` rows: half of what is left, at most so many rows.
+def rows_of_place(rows, places, threads):
+    return (rows + threads * places - 1) // (threads * places)
 
-    A matrix is dealt out to threads in stretches of as many shares as there are threads, one after the other. A thread then
-    goes on where it was, which memory likes, and all are done at about the same time.
-    """
-    left, least = apart - start, LEAST // max(1, word(matrix, ROW_BYTES))
+
+@inline
+def share(number, apart, places, rows):
+    """The rows begin..end of a share."""
+    begin = min(rows, number * places * apart)
+    return begin, min(rows, begin + places * apart)
+
+
+@inline
+def stretch_end(start, apart, row_bytes, most):
+    """Where the stretch from row `start` of the places on ends: half of what is left of them, or `most` rows."""
+    left, least = apart - start, LEAST_BYTES // max(1, row_bytes)
     half = left if left <= 2 * least else (left + 1) // 2
     return start + min(most, half)
 
 
 @inline
-def _one(team, output, begin, end, apart, count, x, row_bytes, arithmetic):
-    """Some rows in places, as `multiply_places` knows them, times one token."""
-    out = word(output, OUT) + begin * 4
-    multiply_places(team, word(output, MATRIX), begin, end, apart, count, x, arithmetic, x + row_bytes + 64, out, apart * 4)
+def _meet_one(team, output, begin, end, apart, count, x, row_bytes, arithmetic):
+    """Some rows in places, as `multiply_places` knows them, times one token, whose prepared activations lie at `x`."""
+    out, room = word(output, OUT) + begin * 4, x + row_bytes + 64
+    multiply_places(team, word(output, MATRIX), begin, end, apart, count, x, arithmetic, room, out, apart * 4)
     for first in range(begin, min(end, begin + ABREAST * apart), apart):
-        _finish(output, 0, first, f32(word(output, OUT) + first * 4, min(count, end - first)))
+        _complete(output, 0, first, f32(word(output, OUT) + first * 4, min(count, end - first)))
 
 
 @inline
-def _some(team, output, begin, end, x, row_bytes, tokens, arithmetic):
+def _meet_some(team, output, begin, end, x, row_bytes, tokens, arithmetic):
     """Rows begin..end times some tokens, whose prepared activations lie at `x`."""
     room, matrix = x + tokens * row_bytes + 64, word(output, MATRIX)
     products = room + TOGETHER * prepared_row(word(matrix, COLUMNS), FLOAT32)

@@ -82,9 +82,8 @@ class Emit:
         function = cgutils.get_or_insert_function(self.b.module, kind, "llvm.prefetch.p0")
         self.b.call(function, [place, *(ir.Constant(I32, flag) for flag in (0, 3, 1))])
 
-    def stream(self, rows: Sequence[ir.Value], size: int) -> None:
-        """Ask for what lies ahead of some rows of which `size` bytes are about to be read."""
-        ahead = ABREAST_AHEAD if len(rows) == ABREAST else AHEAD
+    def stream(self, rows: Sequence[ir.Value], size: int, ahead: int) -> None:
+        """Ask for what lies so many bytes ahead of some rows of which `size` bytes are about to be read."""
         for row in rows:
             for line in range(0, size, CACHE_LINE):
                 self.prefetch(self.at(row, ahead + line))
@@ -249,6 +248,11 @@ STEPS_AT_ONCE, STEPS_OF_LINE = 4, 2
 BLOCK = 48
 
 
+def ahead_of(weights: Sequence[ir.Value]) -> int:
+    """How far ahead rows of weights that stream by together are asked for, in bytes."""
+    return ABREAST_AHEAD if len(weights) == ABREAST else AHEAD
+
+
 def _dots(e: Emit, kind: str, weights: Sequence[ir.Value], rows: Sequence[ir.Value], count: ir.Value) -> list[ir.Value]:
     """The sums of w[k] x[k] over `count` numbers for each row w of weights and each row x: vectors, then single numbers of
     what is left over.
@@ -270,7 +274,7 @@ def _dots(e: Emit, kind: str, weights: Sequence[ir.Value], rows: Sequence[ir.Val
 
     def several(i: ir.Value, values: list[Any]) -> list[ir.Value]:
         offset, size = e.mul(i, wide), 2 if kind == "pairs" else NUMBERS[kind][1]
-        e.stream([e.at(w, e.mul(offset, size)) for w in weights], wide * size)
+        e.stream([e.at(w, e.mul(offset, size)) for w in weights], wide * size, ahead_of(weights))
         return step(lanes, offset, values)
 
     sums = e.loop(b.sdiv(count, e.i64(wide)), [e.zeros(VF)] * (each * products), several)
@@ -498,11 +502,15 @@ def _tile(e: Emit, pairs: bool, rows: int, vectors: int, args: Sequence[ir.Value
                 new.append(multiplied_pairs(e, total, x, columns[v]) if pairs else e.fma(x, columns[v], total))
         return new
 
+    # Narrow tiles have twice as many rows: twice as much is asked for at a step.
+    steps_of_line = STEPS_OF_LINE if vectors > 1 else STEPS_OF_LINE // 2
+
     def several(k: ir.Value, values: list[Any]) -> list[ir.Value]:
         for i in range(STEPS_AT_ONCE):
-            if i % STEPS_OF_LINE == 0:
-                values = [*values[:2], e.hidden(e.at(values[2], e.mul(ahead_step, STEPS_OF_LINE))), *values[3:]]
-                e.prefetch(values[2])
+            if i % steps_of_line == 0:
+                row, offset, ahead, *sums = values
+                e.prefetch(ahead)
+                values = [row, offset, e.hidden(e.at(ahead, e.mul(ahead_step, steps_of_line))), *sums]
             values = step(values)
         return values
 
