@@ -10,14 +10,18 @@ import pytest
 
 pytest.importorskip("numba")
 
+from npllm import blocks
 from npllm.arrays import Array
 from npllm.backend import RMS, Backend
 from npllm.backends.numba_cpu.backend import NumbaBackend
+from npllm.backends.numba_cpu.jit import Compiled
+from npllm.cache import LayerSpec
 from npllm.handles import Weight
 from npllm.machine import cores
 from npllm.testing.compare import unmodified
-from npllm.weights import MLP, QKV, GatedFFN, Linear
+from npllm.weights import MLP, QKV, Experts, GatedFFN, Linear
 from tests.compare import agree
+from tests.exported import prepared
 
 DICE = np.random.default_rng(7)
 D, F = 37, 50
@@ -140,6 +144,55 @@ def test_weights_that_lie_oddly(M: int, layout: str, dtype: str) -> None:
     plain = replace(handle, data=np.array(odd.data, order="C"))
     ours, theirs = (be.linear(x_MD, be.prepare(Linear(each))) for each in (odd, plain))
     agree(ours, theirs, "exact")
+
+
+@every_layout
+@pytest.mark.parametrize("M", [2, 21])
+def test_heads_that_lie_oddly(M: int, layout: str) -> None:
+    """What the operations on heads are given: norms, rotations, the cache and attention."""
+    be, odd = NumbaBackend("float32"), [LAYOUTS[layout](normal(M, heads, 16)) for heads in (4, 2, 2)]
+    angles = blocks.angles(np, blocks.Rope(16), np.arange(M), "float32")
+
+    def attended(q_MHK: Array, k_MGK: Array, v_MGK: Array) -> Array:
+        cache = be.new_cache([LayerSpec(2, 16, 16)], M)
+        rows = cache.plan([cache.add()], [M])
+        keys = cache.layers[0].append(be.rope(k_MGK, angles), v_MGK, rows)
+        return be.attention(be.rms_norm(q_MHK, None, 1e-6), keys, rows, mask=blocks.CAUSAL, scale=0.25)
+
+    with unmodified(*odd):
+        got = attended(*odd)
+    agree(got, attended(*(np.array(each, order="C") for each in odd)), "exact")
+
+
+@every_layout
+@pytest.mark.parametrize("M", [2, 21])
+def test_choices_that_lie_oddly(M: int, layout: str) -> None:
+    """What a mixture is given: tokens, experts and their weights."""
+    be, x_MD, weight_MC = NumbaBackend("float32"), LAYOUTS[layout](normal(M, D)), LAYOUTS[layout](normal(M, 3))
+    index_MC = LAYOUTS[layout](np.argsort(normal(M, 5), axis=1)[:, :3])
+    shapes = (F, D), (F, D), (D, F)
+    w = prepared(be, Experts(*(Linear([normal(*shape) for _ in range(5)]) for shape in shapes)))
+    with unmodified(x_MD, weight_MC, index_MC):
+        got = be.moe(x_MD, w, index_MC, weight_MC, "silu")
+    plain = [np.array(each, order="C") for each in (x_MD, index_MC, weight_MC)]
+    agree(got, be.moe(plain[0], w, *plain[1:], "silu"), "exact")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "stored"])
+def test_weights_stay_where_they_are(dtype: str) -> None:
+    handle = BUNDLES["linear"].weight
+    assert np.shares_memory(NumbaBackend(dtype).prepare(handle)._data, handle.data)
+
+
+def test_no_shape_is_compiled_for() -> None:
+    """What one model has compiled serves any other."""
+    be = NumbaBackend("float32")
+    for M in (1, 3, 30):
+        be.linear(normal(M, D), be.prepare(BUNDLES["linear"]))
+    before = {name for name, each in Compiled.known.items() if "address" in vars(each)}
+    for M, rows, columns in ((1, 7, 64), (2, 300, 5), (40, 64, 129)):
+        be.linear(normal(M, columns), be.prepare(weight(rows, columns)))
+    assert {name for name, each in Compiled.known.items() if "address" in vars(each)} == before
 
 
 def test_inputs_of_another_type() -> None:
