@@ -51,7 +51,6 @@ class Step:
         self, device: Device, model: Model, cache: DeviceCache, room: int, adjusting: Sequence[Sampler] = ()
     ) -> None:
         self.device, self.model, self.cache, self.room = device, model, cache, room
-        self.storage = [layer.stored for layer in cache.layers]
         self.kinds = list({(layer.spec.mask, layer.size): layer for layer in cache.layers}.items())
         self.buffer = device.empty((room * (2 + SETTINGS + len(self.kinds) * PLAN),), "int64")
         self.layers: dict[int, DeviceLayerCache] = {}
@@ -64,9 +63,8 @@ class Step:
         self.history = History(device, adjusting, room, cache.size + AHEAD) if adjusting else None
 
     def serves(self, samplers: Sequence[Sampler]) -> bool:
-        """Whether the cache's memory is where it was, and that of the history has room for these rows."""
-        held = self.history is None or self.history.holds(samplers, AHEAD)
-        return held and all(now is then.stored for then, now in zip(self.cache.layers, self.storage, strict=True))
+        """Whether the memory of the history has room for these rows."""
+        return self.history is None or self.history.holds(samplers, AHEAD)
 
     @property
     def tokens_M(self) -> Array:  # noqa: N802
