@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import shutil
 import weakref
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +17,8 @@ if shutil.which("g++") is None:
 
 from npllm.arrays import Array
 from npllm.backends.cupy_gpu import cuda
-from npllm.backends.cupy_gpu.cache import DeviceLayerCache
+from npllm.backends.cupy_gpu.cache import DeviceCache, DeviceLayerCache
+from npllm.backends.cupy_gpu.device import Memory
 from npllm.errors import MemoryLimitError
 from npllm.llm import LLM
 from npllm.models import interpret
@@ -28,6 +31,15 @@ def model() -> LLM:
     """One whose cache can grow."""
     values = CONFIGS["qwen3"] | {"model_type": "qwen3", "max_position_embeddings": 1024}
     return LLM.random(interpret(values, "qwen3"), EmulatedBackend("float32"))
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """Cycles stay where they are."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def owner(array: Any) -> Any:
@@ -82,3 +94,46 @@ def test_a_cache_that_cannot_grow_says_so_in_our_words(monkeypatch: pytest.Monke
         llm.generate([5] * 250, max_tokens=14, ignore_eos=True)
     monkeypatch.undo()
     assert len(llm.generate([5] * 250, max_tokens=14, ignore_eos=True).tokens) == 14
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_generation_takes_its_cache_and_graphs_with_it(interrupted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it has ended, and when Ctrl-C has ended it, with a step under way."""
+    made, turns, init, turn = list[weakref.ref[Any]](), [0], DeviceCache.__init__, Emulator.turn
+
+    def remembered(self: DeviceCache, *args: Any) -> None:
+        init(self, *args)
+        made.append(weakref.ref(self))
+
+    def launched(self: Emulator, *args: Any) -> Any:
+        turns[0] += 1
+        if interrupted and turns[0] == 4:
+            raise KeyboardInterrupt
+        return turn(self, *args)
+
+    monkeypatch.setattr(DeviceCache, "__init__", remembered)
+    monkeypatch.setattr(Emulator, "turn", launched)
+    llm = model()
+    with pytest.raises(KeyboardInterrupt) if interrupted else contextlib.nullcontext() as raised:
+        llm.generate([[5, 6, 7], [8]], max_tokens=9, ignore_eos=True)
+    del raised
+    assert turns[0] >= 4
+    assert made
+    assert not any(cache() is not None for cache in made)
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize("what", ["cache", "weights"])
+def test_what_a_cycle_holds_is_collected_before_anything_is_refused(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = model()
+    lost: Any = llm.new_cache()
+    lost.user = [lost]
+    gone = weakref.ref(lost)
+    monkeypatch.setattr(Emulator, "memory", lambda self: Memory(0 if gone() else 1 << 30, 1 << 30))
+    act = model if what == "weights" else lambda: llm.generate([5, 6, 7], max_tokens=3)
+    with pytest.raises(MemoryLimitError):
+        act()
+    del lost
+    act()
+    assert gone() is None
