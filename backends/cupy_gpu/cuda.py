@@ -46,6 +46,9 @@ MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 
 DIGEST_BYTES = 16
 
+# What stands above the loader's words in CuPy's error.
+ORIGINAL = "Original error:"
+
 INSTALL = "pip install 'npllm[cuda13]' (or 'npllm[cuda12]' for a driver below 580)"
 
 
@@ -56,9 +59,16 @@ def cupy_module() -> Any:
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
             raise BackendError(f"CuPy is not installed: {INSTALL}") from None
-        why = str(error).strip().splitlines()[-1] if str(error).strip() else "it cannot be imported"
-        raise BackendError(f"CuPy is installed, but not for this machine's CUDA ({why}): {INSTALL}") from None
+        raise BackendError(f"CuPy is installed, but not for this machine's CUDA ({reason(error)}): {INSTALL}") from None
     return cupy
+
+
+def reason(error: Exception) -> str:
+    """The line of an error that says what is wrong: CuPy frames its advice, and puts what the loader said at its end."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" =")]
+    if ORIGINAL in lines[:-1]:
+        return lines[lines.index(ORIGINAL) + 1]
+    return lines[-1] if lines else type(error).__name__
 
 
 def check_gpu(cupy: Any) -> None:

@@ -79,6 +79,22 @@ def test_a_gpu_that_is_too_old_or_hidden() -> None:
     cuda.check_gpu(pretended())
 
 
+# As cupy/__init__.py has it.
+FRAMED = f"""
+{"=" * 64}
+Failed to import CuPy.
+
+If you installed CuPy via wheels (cupy-cudaXXX), make sure that the package matches with the version of CUDA installed.
+
+Check the Installation Guide for details:
+  https://docs.cupy.dev/en/latest/install.html
+
+Original error:
+  ImportError: libcudart.so.12: cannot open shared object file
+{"=" * 64}
+"""
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -87,6 +103,8 @@ def test_a_gpu_that_is_too_old_or_hidden() -> None:
             ImportError("CuPy failed to load\nlibnvrtc.so.12: no such file"),
             r"not for this machine's CUDA \(libnvrtc",
         ),
+        (ImportError(FRAMED), r"CUDA \(ImportError: libcudart\.so\.12: cannot open .*\): pip install "),
+        (ImportError(), r"not for this machine's CUDA \(ImportError\): pip install 'npllm"),
     ],
 )
 def test_cupy_that_is_missing_or_for_another_cuda(error: ImportError, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
