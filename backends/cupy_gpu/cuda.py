@@ -56,11 +56,22 @@ def cupy_module() -> Any:
     """CuPy; BackendError says what to install where it is not there, or is for another CUDA."""
     try:
         import cupy
-    except ImportError as error:
+    except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
             raise BackendError(f"CuPy is not installed: {INSTALL}") from None
-        raise BackendError(f"CuPy is installed, but not for this machine's CUDA ({reason(error)}): {INSTALL}") from None
+        fault = "not for this machine's CUDA" if isinstance(error, ImportError) else "cannot be imported"
+        raise BackendError(f"CuPy is installed, but {fault} ({reason(error)}): {INSTALL}") from None
     return cupy
+
+
+def compiler_version() -> tuple[int, int]:
+    """NVRTC's; BackendError where CuPy does not find it, which is no part of CuPy and loaded when it is first used."""
+    try:
+        from cupy_backends.cuda.libs import nvrtc
+
+        return nvrtc.getVersion()
+    except Exception as error:
+        raise BackendError(f"CuPy is for a CUDA whose NVRTC is not installed ({reason(error)}): {INSTALL}") from None
 
 
 def reason(error: Exception) -> str:
@@ -309,9 +320,7 @@ class Cuda(Device):
         # Bytes of dynamic shared memory that functions were told of, by their handles.
         self._asked: dict[int, int] = {}
         runtime = self.cupy.cuda.runtime
-        from cupy_backends.cuda.libs import nvrtc
-
-        self.compiler = f"nvrtc {nvrtc.getVersion()} driver {runtime.driverGetVersion()}"
+        self.compiler = f"nvrtc {compiler_version()} driver {runtime.driverGetVersion()}"
 
     def empty(self, shape: Sequence[int], dtype: DTypeLike) -> Array:
         with self.guarded():
@@ -525,5 +534,10 @@ class Staging:
 
 @functools.cache
 def gpu() -> Cuda:
-    """The current GPU, opened once."""
-    return Cuda()
+    """The current GPU, opened once; BackendError says in one line why it cannot be used."""
+    try:
+        return Cuda()
+    except BackendError:
+        raise
+    except Exception as error:
+        raise BackendError(f"the NVIDIA GPU cannot be used ({reason(error)}): see what nvidia-smi says of it") from error

@@ -104,10 +104,11 @@ Original error:
             r"not for this machine's CUDA \(libnvrtc",
         ),
         (ImportError(FRAMED), r"CUDA \(ImportError: libcudart\.so\.12: cannot open .*\): pip install "),
+        (AttributeError("no attribute 'x'"), r"but cannot be imported \(no attribute 'x'\): pip install"),
         (ImportError(), r"not for this machine's CUDA \(ImportError\): pip install 'npllm"),
     ],
 )
-def test_cupy_that_is_missing_or_for_another_cuda(error: ImportError, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cupy_that_is_missing_or_for_another_cuda(error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
     def importing(name: str, *args: Any, **options: Any) -> Any:
@@ -369,6 +370,40 @@ def test_named_it_is_an_error_and_auto_moves_on_and_says_so_once(
     for _ in range(2):
         assert get_backend("auto").name != "cupy"
     assert [record.levelname for record in caplog.records if "cupy" in record.message] == ["WARNING"]
+
+
+NO_NVRTC = RuntimeError("CuPy failed to load libnvrtc.so.12: OSError: libnvrtc.so.12: cannot open shared object file")
+BROKEN = {
+    "compiler": (NO_NVRTC, r"CuPy is for a CUDA whose NVRTC is not installed \(CuPy failed .*\): pip install 'npllm"),
+    "properties": (RefusedError("cudaErrorUnknown"), r"the NVIDIA GPU cannot be used \(cudaErrorUnknown\): see what"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_auto_moves_on_from_a_gpu_that_fails_when_it_is_opened(
+    what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    error, message = BROKEN[what]
+
+    def fails(*args: Any) -> Any:
+        raise error
+
+    cupy = pretended()
+    cupy.cuda.Device().id = 0
+    named = {"name": b"a GPU", "multiProcessorCount": 4, "sharedMemPerBlockOptin": 1 << 17}
+    cupy.cuda.runtime.getDeviceProperties = fails if what == "properties" else lambda number: named
+    libraries = SimpleNamespace(nvrtc=SimpleNamespace(getVersion=fails if what == "compiler" else lambda: (13, 0)))
+    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs", libraries)
+    monkeypatch.setattr(cuda, "cupy_module", lambda: cupy)
+    monkeypatch.setattr(registry, "PREFERENCE", (registry.Candidate("cupy"), *registry.PREFERENCE[1:]))
+    cuda.gpu.cache_clear()
+    log_once.cache_clear()
+    with pytest.raises(BackendError, match=f"^backend 'cupy' cannot run here: {message}") as raised:
+        get_backend("cupy")
+    assert "\n" not in str(raised.value)
+    for _ in range(2):
+        assert get_backend("auto").name != "cupy"
+    assert len([record for record in caplog.records if "cupy" in record.message]) == 1
 
 
 def test_auto_says_nothing_of_a_package_that_nobody_installed(
