@@ -6,10 +6,12 @@ import builtins
 import contextlib
 import ctypes
 import logging
+import re
 import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +23,7 @@ from hypothesis import strategies as st
 
 from npllm import registry
 from npllm.arrays import Array
-from npllm.backend import log_once
+from npllm.backend import Backend, log_once
 from npllm.backends.cupy_gpu import cuda
 from npllm.backends.cupy_gpu.device import CannotCaptureError
 from npllm.errors import BackendError, MemoryLimitError
@@ -453,6 +455,45 @@ def test_a_model_that_does_not_fit_is_refused_with_the_numbers(monkeypatch: pyte
             npllm.load(folder, backend="cupy", weights=weights)
     with pytest.raises(MemoryLimitError, match="keeps weights in the GPU's memory"):
         npllm.load(folder, backend="cupy", weights="disk")
+
+
+class OnDisk(Backend):
+    """In the place of "numba"."""
+
+    name = "numba"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the kernels for the CPU, and is not installed")
+@pytest.mark.parametrize(
+    ("memory", "weights", "taken", "why"),
+    [
+        (1 << 30, "disk", "numba", "the cupy backend keeps no weights on disk"),
+        (1000, "auto", "numba", r"the weights need \d+ MiB, 0 MiB of memory is free where the cupy backend keeps them"),
+        (1000, "memory", "numba", r"the weights need \d+ MiB, 0 MiB of memory is free where the cupy backend keeps them"),
+        (1 << 30, "memory", "cupy", ""),
+    ],
+)
+def test_auto_passes_over_a_gpu_that_cannot_have_the_weights(
+    memory: int, weights: Any, taken: str, why: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    import npllm
+    from tests.gpu.emulator import EmulatedBackend, Emulator
+    from tests.models import make_checkpoint
+
+    make_checkpoint(tmp_path)
+    names = {"cupy": "tests.gpu.emulator:EmulatedBackend", "numba": f"{__name__}:OnDisk"}
+    points = [EntryPoint(name, value, "npllm.backends") for name, value in names.items()]
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points)
+    monkeypatch.setattr(registry, "PREFERENCE", tuple(map(registry.Candidate, names)))
+    monkeypatch.setattr(EmulatedBackend, "shared_device", Emulator(memory=memory))
+    log_once.cache_clear()
+    for _ in range(2):
+        llm = npllm.load(tmp_path, weights=weights)
+        assert llm.backend.name == taken
+    said = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(said) == bool(why)
+    assert all(re.search(why, message) for message in said)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the kernels for the CPU, and is not installed")
