@@ -14,6 +14,7 @@ import hashlib
 import math
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,13 @@ class CudaGraph:
         self.graph.launch()
 
 
+class GraphPool:
+    """The memory pool of a graph's intermediates, as long as anything of the graph is used: CuPy's own cannot be watched."""
+
+    def __init__(self, pool: Any) -> None:
+        self.pool = pool
+
+
 class Landing:
     """Pinned memory that a result comes back to, and the events of when its launch began and when it had come."""
 
@@ -316,6 +324,8 @@ class Cuda(Device):
         self._driver = driver_library()
         self._staging, self._small = Staging(self.cupy, *LARGE), Staging(self.cupy, *SMALL)
         self._landings: list[Landing] = []
+        # Of the graphs that there are: CuPy's limit and its count are of the default pool alone.
+        self._pools: weakref.WeakSet[GraphPool] = weakref.WeakSet()
         self._kernels: dict[tuple[Any, ...], Kernel] = {}
         # Bytes of dynamic shared memory that functions were told of, by their handles.
         self._asked: dict[int, int] = {}
@@ -418,12 +428,11 @@ class Cuda(Device):
             return made
 
     def _captured(self, function: Callable[[], Array]) -> tuple[CudaGraph, Array]:
-        # What the graph writes must never be given to others: it has a memory pool of its own, kept with it.
-        pool = self.cupy.cuda.MemoryPool()
+        pool = self._pool_of_graph()
         # The default stream would wait for another kind of stream, and a capture fails where anybody waits for it.
         stream = self.cupy.cuda.Stream(non_blocking=True)
         self.cupy.cuda.get_current_stream().synchronize()
-        with stream, self.cupy.cuda.using_allocator(pool.malloc), self.guarded():
+        with stream, self.cupy.cuda.using_allocator(pool.pool.malloc), self.guarded():
             # Relaxed: the pool may have to ask for memory meanwhile.
             stream.begin_capture(self.cupy.cuda.runtime.streamCaptureModeRelaxed)
             self.thread.capturing = True
@@ -441,6 +450,20 @@ class Cuda(Device):
             except (RuntimeError, self.cupy.cuda.runtime.CUDARuntimeError) as error:
                 raise CannotCaptureError(str(error)) from None
         return CudaGraph(graph, (pool, result)), result
+
+    def _pool_of_graph(self) -> GraphPool:
+        """What a graph writes must never be given to others: so it has a pool, of what the process has left."""
+        default, pool = self.cupy.get_default_memory_pool(), self.cupy.cuda.MemoryPool()
+        if limit := default.get_limit():
+            default.free_all_blocks()
+            # To CuPy, 0 is no limit.
+            pool.set_limit(size=max(1, limit - default.total_bytes() - self._held_by_graphs()))
+        made = GraphPool(pool)
+        self._pools.add(made)
+        return made
+
+    def _held_by_graphs(self) -> int:
+        return sum(int(each.pool.total_bytes()) for each in self._pools)
 
     def _abandon(self, stream: Any) -> None:
         """End a capture that failed; CuPy's own call may fail once more."""
@@ -465,7 +488,8 @@ class Cuda(Device):
         pool = self.cupy.get_default_memory_pool()
         free += pool.free_bytes()
         limit = pool.get_limit()
-        return Memory(max(0, min(free, limit - pool.used_bytes()) if limit else free), total)
+        left = limit - pool.used_bytes() - self._held_by_graphs() if limit else free
+        return Memory(max(0, min(free, left)), total)
 
     def release(self) -> None:
         self.cupy.get_default_memory_pool().free_all_blocks()

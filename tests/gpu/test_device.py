@@ -9,6 +9,7 @@ import logging
 import re
 import shutil
 import sys
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import EntryPoint
@@ -255,6 +256,32 @@ def test_steps_that_follow_each_other_take_turns_with_two_landings() -> None:
     assert cupy.allocated == 2
 
 
+class Pool:
+    """A memory pool of CuPy's."""
+
+    def __init__(self) -> None:
+        self.limit = self.used = self.unused = 0
+        self.malloc = None
+
+    def set_limit(self, size: int) -> None:
+        self.limit = size
+
+    def get_limit(self) -> int:
+        return self.limit
+
+    def used_bytes(self) -> int:
+        return self.used
+
+    def free_bytes(self) -> int:
+        return self.unused
+
+    def total_bytes(self) -> int:
+        return self.used + self.unused
+
+    def free_all_blocks(self) -> None:
+        self.unused = 0
+
+
 class Capturing:
     """A CuPy whose streams capture what `refuses` does not say no to, when the capture ends or when a kernel is launched."""
 
@@ -280,10 +307,12 @@ class Capturing:
 
         self.cuda = SimpleNamespace(
             runtime=SimpleNamespace(streamCaptureModeRelaxed=2, CUDARuntimeError=RefusedError), Stream=Stream,
-            MemoryPool=lambda: SimpleNamespace(malloc=None), using_allocator=lambda malloc: nothing,
+            MemoryPool=Pool, using_allocator=lambda malloc: nothing,
             get_current_stream=lambda: SimpleNamespace(synchronize=lambda: None, ptr=0),
             memory=SimpleNamespace(OutOfMemoryError=MemoryError),
         )  # fmt: skip
+        self.default = Pool()
+        self.get_default_memory_pool = lambda: self.default
 
 
 def capturing(refuses: Callable[[Any], bool]) -> Any:
@@ -294,7 +323,7 @@ def capturing(refuses: Callable[[Any], bool]) -> Any:
 
     device: Any = object.__new__(cuda.Cuda)
     device.cupy, device.dependent, device.thread = Capturing(lambda: refuses(device)), True, cuda.Threads()
-    device._asked = {}
+    device._asked, device._pools = {}, weakref.WeakSet()
     device._driver = SimpleNamespace(cuLaunchKernelEx=said_no, cuGetErrorName=lambda status, name: 0)
     return device
 
@@ -325,6 +354,31 @@ def test_a_step_that_cannot_be_captured_says_why_and_leaves_dependent_launch_on(
     with pytest.raises(BackendError, match="801") as raised:
         device.launch(KERNEL, (1, 1, 1), 32, ())
     assert not isinstance(raised.value, CannotCaptureError)
+
+
+def test_graphs_share_the_limit_of_the_process() -> None:
+    """What one holds, the next one and the default pool have no more; when it goes, they have it again."""
+    device, given = capturing(lambda device: False), []
+    device.cupy.cuda.runtime.memGetInfo = lambda: (1 << 40, 1 << 40)
+    default = device.cupy.default
+    default.limit, default.used, default.unused = 1000, 300, 500
+
+    def work() -> None:
+        (pool,) = {each.pool for each in device._pools} - set(given)
+        given.append(pool)
+        pool.used = 400
+
+    first, _ = device.capture(work)
+    second, _ = device.capture(work)
+    third, _ = device.capture(work)
+    assert [pool.limit for pool in given] == [700, 300, 1]
+    assert device.memory().free == 0
+    del second, third
+    assert device.memory().free == 300
+    default.limit = 0
+    fourth, _ = device.capture(work)
+    assert given[-1].limit == 0
+    assert (first.graph, fourth.graph) == ("a graph", "a graph")
 
 
 def test_a_capture_is_of_one_thread() -> None:
