@@ -261,15 +261,18 @@ class CudaTurn:
         self.landing = self._free(sum(each.nbytes for each in results))
         runtime, stream = cupy.cuda.runtime, cupy.cuda.get_current_stream()
         self.landing.began.record(stream)
-        graph.launch()
         self.places: list[tuple[int, np.dtype[Any], tuple[int, ...]]] = []
         offset = 0
-        for each in results:
-            to = int(self.landing.memory.ptr) + offset
-            runtime.memcpyAsync(to, each.data.ptr, each.nbytes, runtime.memcpyDeviceToHost, stream.ptr)
-            self.places.append((offset, np.dtype(each.dtype), each.shape))
-            offset += each.nbytes
-        self.landing.came.record(stream)
+        try:
+            graph.launch()
+            for each in results:
+                to = int(self.landing.memory.ptr) + offset
+                runtime.memcpyAsync(to, each.data.ptr, each.nbytes, runtime.memcpyDeviceToHost, stream.ptr)
+                self.places.append((offset, np.dtype(each.dtype), each.shape))
+                offset += each.nbytes
+        finally:
+            # Also where Ctrl-C comes between: the landing is given back while a copy may be on its way to it.
+            self.landing.came.record(stream)
 
     def _free(self, nbytes: int) -> Landing:
         for each in tuple(self.landings):
@@ -433,11 +436,12 @@ class Cuda(Device):
         stream = self.cupy.cuda.Stream(non_blocking=True)
         self.cupy.cuda.get_current_stream().synchronize()
         with stream, self.cupy.cuda.using_allocator(pool.pool.malloc), self.guarded():
-            # Relaxed: the pool may have to ask for memory meanwhile.
-            stream.begin_capture(self.cupy.cuda.runtime.streamCaptureModeRelaxed)
-            self.thread.capturing = True
             try:
+                self.thread.capturing = True
+                # Relaxed: the pool may have to ask for memory meanwhile.
+                stream.begin_capture(self.cupy.cuda.runtime.streamCaptureModeRelaxed)
                 result = function()
+                graph = self._ended(stream)
             except BaseException as error:
                 self._abandon(stream)
                 if isinstance(error, (NotImplementedError, self.cupy.cuda.runtime.CUDARuntimeError)):
@@ -445,10 +449,6 @@ class Cuda(Device):
                 raise
             finally:
                 self.thread.capturing = False
-            try:
-                graph = stream.end_capture()
-            except (RuntimeError, self.cupy.cuda.runtime.CUDARuntimeError) as error:
-                raise CannotCaptureError(str(error)) from None
         return CudaGraph(graph, (pool, result)), result
 
     def _pool_of_graph(self) -> GraphPool:
@@ -464,6 +464,12 @@ class Cuda(Device):
 
     def _held_by_graphs(self) -> int:
         return sum(int(each.pool.total_bytes()) for each in self._pools)
+
+    def _ended(self, stream: Any) -> Any:
+        try:
+            return stream.end_capture()
+        except RuntimeError as error:
+            raise CannotCaptureError(str(error)) from None
 
     def _abandon(self, stream: Any) -> None:
         """End a capture that failed; CuPy's own call may fail once more."""
@@ -545,8 +551,11 @@ class Staging:
                 event.synchronize()
                 pointer = int(memory.ptr)
                 np.frombuffer(memory, np.uint8, part.size)[:] = part
-                runtime.memcpyAsync(target.data.ptr + begin, pointer, part.size, runtime.memcpyHostToDevice, stream.ptr)
-                event.record(stream)
+                try:
+                    runtime.memcpyAsync(target.data.ptr + begin, pointer, part.size, runtime.memcpyHostToDevice, stream.ptr)
+                finally:
+                    # Also where Ctrl-C comes between: the copy is on its way.
+                    event.record(stream)
 
     def _piece(self) -> tuple[Any, Any]:
         while len(self.pieces) < self.count:

@@ -256,6 +256,42 @@ def test_steps_that_follow_each_other_take_turns_with_two_landings() -> None:
     assert cupy.allocated == 2
 
 
+def interrupting(cupy: Pending) -> None:
+    """Ctrl-C comes once, as soon as a copy has been launched."""
+    copy = cupy.cuda.runtime.memcpyAsync
+
+    def interrupted(*args: Any) -> None:
+        copy(*args)
+        cupy.cuda.runtime.memcpyAsync = copy
+        raise KeyboardInterrupt
+
+    cupy.cuda.runtime.memcpyAsync = interrupted
+
+
+def test_an_interrupt_behind_a_copy_to_the_gpu_leaves_its_memory_alone() -> None:
+    cupy = Pending()
+    staging = cuda.Staging(cupy, 1, 64)
+    first, second = np.zeros(4, np.int64), np.zeros(4, np.int64)
+    interrupting(cupy)
+    with pytest.raises(KeyboardInterrupt):
+        staging.copy(on_device(first), np.arange(4))
+    staging.copy(on_device(second), np.arange(4) + 9)
+    cupy.until(cupy.done + len(cupy.todo))
+    assert (first.tolist(), second.tolist()) == ([0, 1, 2, 3], [9, 10, 11, 12])
+
+
+def test_an_interrupt_behind_a_launch_leaves_the_memory_that_its_results_come_to_alone() -> None:
+    cupy, landings = Pending(), list[cuda.Landing]()
+    graph: Any = SimpleNamespace(launch=lambda: None)
+    interrupting(cupy)
+    with pytest.raises(KeyboardInterrupt):
+        cuda.CudaTurn(cupy, landings, graph, [on_device(np.zeros(4, np.int64))])
+    (landing,) = landings
+    turn = cuda.CudaTurn(cupy, landings, graph, [on_device(np.arange(4))])
+    assert turn.landing is not landing
+    assert turn.wait()[0][0].tolist() == [0, 1, 2, 3]
+
+
 class Pool:
     """A memory pool of CuPy's."""
 
@@ -287,7 +323,8 @@ class Capturing:
 
     def __init__(self, refuses: Callable[[], bool]) -> None:
         nothing, cupy = contextlib.nullcontext(), self
-        self.ended = 0
+        self.begun, self.open = 0, False
+        self.after_begin = self.after_end = lambda: None
 
         class Stream(contextlib.nullcontext):  # type: ignore[type-arg]
             ptr = 0
@@ -297,12 +334,14 @@ class Capturing:
                 assert non_blocking
 
             def begin_capture(self, mode: int) -> None:
-                pass
+                cupy.begun, cupy.open = cupy.begun + 1, True
+                cupy.after_begin()
 
             def end_capture(self) -> str:
-                cupy.ended += 1
-                if refuses():
+                if refuses() or not cupy.open:
                     raise RefusedError("cudaErrorNotSupported")
+                cupy.open = False
+                cupy.after_end()
                 return "a graph"
 
         self.cuda = SimpleNamespace(
@@ -341,7 +380,7 @@ def test_graphs_where_a_driver_refuses_dependent_launch(launches: bool, caplog: 
     for _ in range(2):
         graph, _ = device.capture(work)
         assert (graph.graph, device.dependent, device.thread.capturing) == ("a graph", False, False)
-    assert device.cupy.ended == 3
+    assert device.cupy.begun == 3
     assert [record.message for record in caplog.records if "do not overlap: " in record.message]
 
 
@@ -354,6 +393,19 @@ def test_a_step_that_cannot_be_captured_says_why_and_leaves_dependent_launch_on(
     with pytest.raises(BackendError, match="801") as raised:
         device.launch(KERNEL, (1, 1, 1), 32, ())
     assert not isinstance(raised.value, CannotCaptureError)
+
+
+@pytest.mark.parametrize("when", ["after_begin", "after_end", "work"])
+def test_an_interrupt_leaves_no_capture_open(when: str) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    device = capturing(lambda device: False)
+    if when != "work":
+        setattr(device.cupy, when, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        device.capture(interrupted if when == "work" else lambda: None)
+    assert (device.cupy.begun, device.cupy.open, device.thread.capturing) == (1, False, False)
 
 
 def test_graphs_share_the_limit_of_the_process() -> None:
