@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,22 @@ def test_gate_and_up_in_blocks_of_different_widths(tokens: int) -> None:
         return be.to_numpy(be.gated_ffn(be.asarray(x.astype(be.array_dtype)), prepared(be, w), "silu"))
 
     agree(computed(EmulatedBackend("float32")), computed(Backend("float64")))
+
+
+def test_the_bytes_that_are_asked_for_are_those_that_are_taken() -> None:
+    """Also where kernels do not read what is stored: FP8 in blocks across their vectors, experts in two formats, float64."""
+    dice, be = np.random.default_rng(3), EmulatedBackend("stored")
+    narrow = Scale(Weight.of("factors", np.ones((4, 3), np.float16)), (16, 32), (0, 0))
+    each = {name: stored(name, dice.standard_normal((50, 96)), name) for name in FORMATS}
+    each["of blocks across vectors"] = stored("odd", dice.standard_normal((50, 96)), "f8_e4m3", (16, 24))
+    each["of short rows"] = stored("short", dice.standard_normal((50, 3)), "bf16")
+    each["of factors that are widened"] = replace(each["f8_e4m3"], scale=narrow)
+    each["of doubles"] = Weight.of("f64", dice.standard_normal((50, 96)))
+    handles: dict[str, Any] = dict(each)
+    for first, second in (("bf16", "bf16"), ("bf16", "f8_e4m3"), ("f8_e4m3", "of blocks across vectors"), ("f64", "bf16")):
+        handles[f"{first}, {second}"] = Stack("experts", (each.get(first) or each["of doubles"], each[second]))
+    for name, handle in handles.items():
+        assert be.bytes_needed([handle]) == be.prepare(Linear(handle)).weight.nbytes, name
 
 
 @pytest.mark.parametrize("stored_keys", ["float32", "bfloat16"])
