@@ -15,7 +15,7 @@ from npllm.arrays import Array, Namespace
 from npllm.blocks.dtypes import round_to_bfloat16, widen_bfloat16
 from npllm.blocks.masks import CAUSAL, Mask
 from npllm.errors import ArgumentError, MemoryLimitError
-from npllm.machine import available_memory, gibibytes
+from npllm.machine import available_for, available_memory, gibibytes
 
 # The first allocation of a row, in tokens; doubled as the row grows, so that copies cost O(1) per token.
 FIRST_CAPACITY = 256
@@ -399,7 +399,8 @@ class Cache:
 
     def _resize(self, slots: int, size: int) -> None:
         row = sum(layer.entries(size) * layer.spec.bytes_per_token(self.kv_dtype) for layer in self.layers)
-        needed, available = slots * row, self.available()
+        needed = slots * row
+        available = available_for(needed - self.nbytes, self.available)
         if needed > self.nbytes + available:
             raise MemoryLimitError(
                 f"the key/value cache of {slots} rows of {size} tokens needs {gibibytes(needed)}, "

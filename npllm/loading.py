@@ -6,14 +6,14 @@ import functools
 import hashlib
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from npllm.backend import Backend
 from npllm.checkpoint import Checkpoint
 from npllm.config import Reader, read_json
-from npllm.errors import ArgumentError, ConfigError, TokenizerError
+from npllm.errors import ArgumentError, BackendError, ConfigError, MemoryLimitError, TokenizerError
 from npllm.grouped import marked
 from npllm.handles import Handle, fingerprint
 from npllm.llm import LLM, Defaults
@@ -46,8 +46,8 @@ def load(
 ) -> LLM:
     """Load a model: a local folder, a hub id, or (None) the small model that ships with npllm.
 
-    backend      "numpy", an installed backend's name, or "auto": the fastest that loads; a small model (npllm.registry
-                 says how small) runs on "numpy", which has nothing to compile.
+    backend      "numpy", an installed backend's name, or "auto": the fastest that loads and can have the weights where
+                 they are to be; a small model (npllm.registry says how small) runs on "numpy", which has nothing to compile.
     quantize     weights in fewer bits, by a name that the backend knows; None: as they are stored.
     dtype        arithmetic: "float32", "float64", "bfloat16" where the backend can; None is the backend's choice.
     kv_dtype     how keys and values are cached: "float32", "float64", "bfloat16"; None: as they are computed.
@@ -77,11 +77,11 @@ def load(
 
         described, handles = sliced_model(described, handles, matformer, name)
     spec = described.architecture.weight_spec(described.config)
-    if backend == "auto":
-        be = make(parameters=count_parameters(spec))
-        log.info("backend %s (%s)", be.name, be.why)
     if be.quantize is not None:
         handles = marked(spec, handles, be.quantize)
+    if backend == "auto":
+        be = make(parameters=count_parameters(spec), check=lambda each: _check_place(each, handles.values(), name, weights))
+        log.info("backend %s (%s)", be.name, be.why)
     on_disk = weights == "disk" or not check_memory(be, handles.values(), name, demanded=weights == "memory")
     if on_disk:
         checkpoint.read_exactly()
@@ -130,6 +130,18 @@ def _existing(source: str | Path) -> Path | None:
         raise ConfigError(f"{path}: cannot be read ({bad.strerror})") from None
     except (OSError, RuntimeError):  # too long for a name; the home of a user who does not exist
         return None
+
+
+def _check_place(be: Backend, handles: Collection[Handle], name: str, weights: str) -> None:
+    """BackendError where a backend reads no weights from disk, but is to, or has no room for them."""
+    if be.on_disk:
+        return
+    if weights == "disk":
+        raise BackendError(f"the {be.name} backend keeps no weights on disk, as weights='disk' asks for")
+    try:
+        check_memory(be, handles, name)
+    except MemoryLimitError as error:
+        raise BackendError(str(error)) from None
 
 
 def _identity(handles: Mapping[str, Handle], config: Any, quantize: str | None) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # The environment's name for the folder that compiled kernels are kept in.
@@ -39,6 +41,15 @@ def available_memory() -> int:
     limits = [_meminfo("MemAvailable"), _control_group(), *_process_limits()]
     known = [limit for limit in limits if limit is not None]
     return min(known) if known else sys.maxsize
+
+
+def available_for(needed: int, available: Callable[[], int]) -> int:
+    """What `available` tells; where that is less than needed, what it tells once garbage in cycles is collected."""
+    told = available()
+    if needed <= told:
+        return told
+    gc.collect()
+    return available()
 
 
 def total_memory() -> int | None:

@@ -15,7 +15,7 @@ from npllm.backend import Backend
 from npllm.cache import Cache, Rows
 from npllm.errors import MemoryLimitError
 from npllm.handles import Handle
-from npllm.machine import gibibytes
+from npllm.machine import available_for, gibibytes
 from npllm.models import Architecture
 from npllm.weights import Spec, Tensor, count_parameters
 
@@ -54,7 +54,8 @@ def check_memory(be: Backend, tensors: Collection[Tensor | Handle], name: str, *
     If they do not: MemoryLimitError when they must (`demanded`, or the backend reads none from disk), else a warning that
     they stay there.
     """
-    needed, available = be.bytes_needed(tensors), be.available_memory()
+    needed = be.bytes_needed(tensors)
+    available = available_for(needed, be.available_memory)
     if needed <= available:
         return True
     if not be.on_disk:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from npllm.backend import Backend, log_once
@@ -65,15 +66,17 @@ def get_backend(
     threads: int | None = None,
     quantize: str | None = None,
     parameters: int | None = None,
+    check: Callable[[Backend], None] | None = None,
 ) -> Backend:
     """The backend `name`, computing in `dtype`; its `why` says why it was taken.
 
-    "auto" is the fastest that loads, or "numpy" where that does as well for a model of so many `parameters`. BackendError
-    says what to install.
+    "auto" is the fastest that loads, or "numpy" where that does as well for a model of so many `parameters`. It passes over
+    one of which `check` says, by a BackendError, why it cannot have the model. BackendError says what to install.
     """
     make = functools.partial(_make, dtype=dtype, strict=strict, threads=threads, quantize=quantize)
     if name != "auto":
         return make(name)
+    make = functools.partial(make, check=check)
     registered = _registered()
     there = [each for each in PREFERENCE if each.name in registered and each.installed]
     candidates = {each.name: each.unsuited(dtype, parameters) for each in there}
@@ -97,9 +100,11 @@ def get_backend(
     raise BackendError("; ".join(problems))
 
 
-def _make(name: str, why: str = Backend.why, **settings: Any) -> Backend:
+def _make(name: str, why: str = Backend.why, check: Callable[[Backend], None] | None = None, **settings: Any) -> Backend:
     backend = _load(name)(**settings)
     backend.why = why
+    if check is not None:
+        check(backend)
     return backend
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from npllm.arrays import Array, DTypeLike
 from npllm.backend import RMS, Backend, Norm
 from npllm.backends.cupy_gpu.device import Argument, Device, Fixed, Grid, InOut, Out
-from npllm.backends.cupy_gpu.matrix import FORMATS, Matrix, padded_bytes
+from npllm.backends.cupy_gpu.matrix import FORMATS, Matrix, device_bytes
 from npllm.cache import Keys, Rows
 from npllm.errors import MemoryLimitError
 from npllm.handles import Handle, Stack, Weight
@@ -120,20 +120,20 @@ class Base(Backend):
         return out
 
     def bytes_needed(self, tensors: Iterable[Tensor | Handle]) -> int:
-        """Stored bytes: nothing is widened."""
+        """Stored bytes; of what kernels do not read as it is stored, four a number."""
         if self.dtype == "float64":
             return super().bytes_needed(tensors)
         kept = [tensor for tensor in tensors if tensor.part != "lookup"]
         return sum(4 * tensor.size if isinstance(tensor, Tensor) else self._bytes_of(tensor) for tensor in kept)
 
     def _bytes_of(self, handle: Handle) -> int:
-        if isinstance(handle, Stack):
-            return sum(map(self._bytes_of, handle.weights))
-        if len(handle.shape) != 2 or handle.part in WIDENED:
-            return 4 * int(np.prod(handle.shape))
-        if handle.quantisable and self.quantize is not None:
-            return handle.shape[0] * handle.shape[1] * {"q8": 34, "q4": 18}[self.quantize] // 32
-        return padded_bytes(handle)
+        weights = handle.weights if isinstance(handle, Stack) else (handle,)
+        size, one = int(np.prod(handle.shape)), weights[0]
+        if len(one.shape) != 2 or one.part in WIDENED:
+            return 4 * size
+        if one.quantisable and self.quantize is not None:
+            return size * {"q8": 34, "q4": 18}[self.quantize] // 32
+        return device_bytes(weights)
 
     def available_memory(self) -> int:
         return self.device.memory().free

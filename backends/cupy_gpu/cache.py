@@ -162,6 +162,13 @@ class DeviceCache(Cache):
         ahead, self.ahead = self.ahead, None
         return DeviceRows(self.be, slots, starts, counts, ends, ahead)
 
+    def _resize(self, slots: int, size: int) -> None:
+        # Captured steps know the old memory by its addresses, and would hold it beside the new.
+        self.ahead = None
+        self.steps.clear()
+        with self.be.device.guarded():
+            super()._resize(slots, size)
+
     def truncate(self, slot: int, length: int) -> int:
         # Also where a slot is freed: without a plan between, it may be filled by `fork` or `restore` next.
         self.ahead = None

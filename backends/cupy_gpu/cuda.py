@@ -14,6 +14,7 @@ import hashlib
 import math
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,9 @@ MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 
 DIGEST_BYTES = 16
 
+# What stands above the loader's words in CuPy's error.
+ORIGINAL = "Original error:"
+
 INSTALL = "pip install 'npllm[cuda13]' (or 'npllm[cuda12]' for a driver below 580)"
 
 
@@ -53,12 +57,30 @@ def cupy_module() -> Any:
     """CuPy; BackendError says what to install where it is not there, or is for another CUDA."""
     try:
         import cupy
-    except ImportError as error:
+    except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
             raise BackendError(f"CuPy is not installed: {INSTALL}") from None
-        why = str(error).strip().splitlines()[-1] if str(error).strip() else "it cannot be imported"
-        raise BackendError(f"CuPy is installed, but not for this machine's CUDA ({why}): {INSTALL}") from None
+        fault = "not for this machine's CUDA" if isinstance(error, ImportError) else "cannot be imported"
+        raise BackendError(f"CuPy is installed, but {fault} ({reason(error)}): {INSTALL}") from None
     return cupy
+
+
+def compiler_version() -> tuple[int, int]:
+    """NVRTC's; BackendError where CuPy does not find it, which is no part of CuPy and loaded when it is first used."""
+    try:
+        from cupy_backends.cuda.libs import nvrtc
+
+        return nvrtc.getVersion()
+    except Exception as error:
+        raise BackendError(f"CuPy is for a CUDA whose NVRTC is not installed ({reason(error)}): {INSTALL}") from None
+
+
+def reason(error: Exception) -> str:
+    """The line of an error that says what is wrong: CuPy frames its advice, and puts what the loader said at its end."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" =")]
+    if ORIGINAL in lines[:-1]:
+        return lines[lines.index(ORIGINAL) + 1]
+    return lines[-1] if lines else type(error).__name__
 
 
 def check_gpu(cupy: Any) -> None:
@@ -212,6 +234,13 @@ class CudaGraph:
         self.graph.launch()
 
 
+class GraphPool:
+    """The memory pool of a graph's intermediates, as long as anything of the graph is used: CuPy's own cannot be watched."""
+
+    def __init__(self, pool: Any) -> None:
+        self.pool = pool
+
+
 class Landing:
     """Pinned memory that a result comes back to, and the events of when its launch began and when it had come."""
 
@@ -232,15 +261,18 @@ class CudaTurn:
         self.landing = self._free(sum(each.nbytes for each in results))
         runtime, stream = cupy.cuda.runtime, cupy.cuda.get_current_stream()
         self.landing.began.record(stream)
-        graph.launch()
         self.places: list[tuple[int, np.dtype[Any], tuple[int, ...]]] = []
         offset = 0
-        for each in results:
-            to = int(self.landing.memory.ptr) + offset
-            runtime.memcpyAsync(to, each.data.ptr, each.nbytes, runtime.memcpyDeviceToHost, stream.ptr)
-            self.places.append((offset, np.dtype(each.dtype), each.shape))
-            offset += each.nbytes
-        self.landing.came.record(stream)
+        try:
+            graph.launch()
+            for each in results:
+                to = int(self.landing.memory.ptr) + offset
+                runtime.memcpyAsync(to, each.data.ptr, each.nbytes, runtime.memcpyDeviceToHost, stream.ptr)
+                self.places.append((offset, np.dtype(each.dtype), each.shape))
+                offset += each.nbytes
+        finally:
+            # Also where Ctrl-C comes between: the landing is given back while a copy may be on its way to it.
+            self.landing.came.record(stream)
 
     def _free(self, nbytes: int) -> Landing:
         for each in tuple(self.landings):
@@ -295,13 +327,13 @@ class Cuda(Device):
         self._driver = driver_library()
         self._staging, self._small = Staging(self.cupy, *LARGE), Staging(self.cupy, *SMALL)
         self._landings: list[Landing] = []
+        # Of the graphs that there are: CuPy's limit and its count are of the default pool alone.
+        self._pools: weakref.WeakSet[GraphPool] = weakref.WeakSet()
         self._kernels: dict[tuple[Any, ...], Kernel] = {}
         # Bytes of dynamic shared memory that functions were told of, by their handles.
         self._asked: dict[int, int] = {}
         runtime = self.cupy.cuda.runtime
-        from cupy_backends.cuda.libs import nvrtc
-
-        self.compiler = f"nvrtc {nvrtc.getVersion()} driver {runtime.driverGetVersion()}"
+        self.compiler = f"nvrtc {compiler_version()} driver {runtime.driverGetVersion()}"
 
     def empty(self, shape: Sequence[int], dtype: DTypeLike) -> Array:
         with self.guarded():
@@ -399,17 +431,17 @@ class Cuda(Device):
             return made
 
     def _captured(self, function: Callable[[], Array]) -> tuple[CudaGraph, Array]:
-        # What the graph writes must never be given to others: it has a memory pool of its own, kept with it.
-        pool = self.cupy.cuda.MemoryPool()
+        pool = self._pool_of_graph()
         # The default stream would wait for another kind of stream, and a capture fails where anybody waits for it.
         stream = self.cupy.cuda.Stream(non_blocking=True)
         self.cupy.cuda.get_current_stream().synchronize()
-        with stream, self.cupy.cuda.using_allocator(pool.malloc), self.guarded():
-            # Relaxed: the pool may have to ask for memory meanwhile.
-            stream.begin_capture(self.cupy.cuda.runtime.streamCaptureModeRelaxed)
-            self.thread.capturing = True
+        with stream, self.cupy.cuda.using_allocator(pool.pool.malloc), self.guarded():
             try:
+                self.thread.capturing = True
+                # Relaxed: the pool may have to ask for memory meanwhile.
+                stream.begin_capture(self.cupy.cuda.runtime.streamCaptureModeRelaxed)
                 result = function()
+                graph = self._ended(stream)
             except BaseException as error:
                 self._abandon(stream)
                 if isinstance(error, (NotImplementedError, self.cupy.cuda.runtime.CUDARuntimeError)):
@@ -417,11 +449,27 @@ class Cuda(Device):
                 raise
             finally:
                 self.thread.capturing = False
-            try:
-                graph = stream.end_capture()
-            except (RuntimeError, self.cupy.cuda.runtime.CUDARuntimeError) as error:
-                raise CannotCaptureError(str(error)) from None
         return CudaGraph(graph, (pool, result)), result
+
+    def _pool_of_graph(self) -> GraphPool:
+        """What a graph writes must never be given to others: so it has a pool, of what the process has left."""
+        default, pool = self.cupy.get_default_memory_pool(), self.cupy.cuda.MemoryPool()
+        if limit := default.get_limit():
+            default.free_all_blocks()
+            # To CuPy, 0 is no limit.
+            pool.set_limit(size=max(1, limit - default.total_bytes() - self._held_by_graphs()))
+        made = GraphPool(pool)
+        self._pools.add(made)
+        return made
+
+    def _held_by_graphs(self) -> int:
+        return sum(int(each.pool.total_bytes()) for each in self._pools)
+
+    def _ended(self, stream: Any) -> Any:
+        try:
+            return stream.end_capture()
+        except RuntimeError as error:
+            raise CannotCaptureError(str(error)) from None
 
     def _abandon(self, stream: Any) -> None:
         """End a capture that failed; CuPy's own call may fail once more."""
@@ -446,7 +494,8 @@ class Cuda(Device):
         pool = self.cupy.get_default_memory_pool()
         free += pool.free_bytes()
         limit = pool.get_limit()
-        return Memory(max(0, min(free, limit - pool.used_bytes()) if limit else free), total)
+        left = limit - pool.used_bytes() - self._held_by_graphs() if limit else free
+        return Memory(max(0, min(free, left)), total)
 
     def release(self) -> None:
         self.cupy.get_default_memory_pool().free_all_blocks()
@@ -502,8 +551,11 @@ class Staging:
                 event.synchronize()
                 pointer = int(memory.ptr)
                 np.frombuffer(memory, np.uint8, part.size)[:] = part
-                runtime.memcpyAsync(target.data.ptr + begin, pointer, part.size, runtime.memcpyHostToDevice, stream.ptr)
-                event.record(stream)
+                try:
+                    runtime.memcpyAsync(target.data.ptr + begin, pointer, part.size, runtime.memcpyHostToDevice, stream.ptr)
+                finally:
+                    # Also where Ctrl-C comes between: the copy is on its way.
+                    event.record(stream)
 
     def _piece(self) -> tuple[Any, Any]:
         while len(self.pieces) < self.count:
@@ -515,5 +567,10 @@ class Staging:
 
 @functools.cache
 def gpu() -> Cuda:
-    """The current GPU, opened once."""
-    return Cuda()
+    """The current GPU, opened once; BackendError says in one line why it cannot be used."""
+    try:
+        return Cuda()
+    except BackendError:
+        raise
+    except Exception as error:
+        raise BackendError(f"the NVIDIA GPU cannot be used ({reason(error)}): see what nvidia-smi says of it") from error

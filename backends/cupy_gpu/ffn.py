@@ -27,7 +27,7 @@ class FeedForward(Products):
 
     def _hidden(self, x_MD: Array, gate: Linear, up: Linear | None, act: str, norm: Norm | None) -> Array:
         """`act(gate h) * up h` with `h = norm(x)`, or `act(gate h)`."""
-        alike = up is None or up.weight.format == gate.weight.format
+        alike = up is None or gate.weight.alike(up.weight)
         if self.are_few(x_MD, gate.weight) and alike:
             return self._few_hidden(x_MD, gate, up, act, norm)
         gate_MF, *up_MF = self.products(x_MD, (gate,) if up is None else (gate, up), norm)

@@ -41,12 +41,11 @@ class Matrix:
     @classmethod
     def of(cls, device: Device, weights: Sequence[Weight], *, stacked: bool = False, mapped: bool = False) -> Matrix:
         """One weight, or a stack of such of one shape. `mapped`: it stays in the host's memory, where kernels read it."""
-        stored = [readable(weight) for weight in weights]
+        stored = [each if is_readable(each) else each.widened() for each in weights]
         if len({(each.format, _layout(each)) for each in stored}) > 1:
             stored = [each if each.scale is None and each.format == "f32" else each.widened() for each in stored]
         first = stored[0]
-        (rows, columns), row_bytes = first.shape, first.data.shape[1] * first.data.itemsize
-        pitch = -(-row_bytes // VECTOR) * VECTOR
+        (rows, columns), pitch = first.shape, _pitch(first.data.shape[1] * first.data.itemsize)
         if mapped:
             data = device.mapped(_padded(first.data, pitch))
         else:
@@ -106,21 +105,28 @@ class Matrix:
         return Matrix(self.shape[1:], self.format, self._data, self._factors, words)
 
 
-def readable(weight: Weight) -> Weight:
-    """The weight as kernels read it: itself, or widened to float32 where its factors lie across the vectors of a row."""
+def is_readable(weight: Weight) -> bool:
+    """Whether kernels read it as it is stored: its factors may not lie across the vectors of a row."""
     if weight.scale is None:
-        return weight
+        return weight.format in FORMATS
     (_, columns), per = weight.scale.block, PER_VECTOR[weight.format]
     if weight.format == "f8_e4m3":
         whole = columns >= weight.shape[1] or (columns % per == 0 and (columns // per).bit_count() == 1)
-        return weight if whole and weight.scale.origin[1] == 0 else weight.widened()
-    return weight if weight.scale.block == (1, GROUP) and weight.scale.origin == (0, 0) else weight.widened()
+        return whole and weight.scale.origin[1] == 0
+    return weight.scale.block == (1, GROUP) and weight.scale.origin == (0, 0)
 
 
-def padded_bytes(weight: Weight) -> int:
-    """What it takes on the device, in its format."""
-    rows, row_bytes = weight.data.shape[0], weight.data.shape[1] * weight.data.itemsize
-    return rows * -(-row_bytes // VECTOR) * VECTOR + (weight.scale.weight.nbytes if weight.scale else 0)
+def device_bytes(weights: Sequence[Weight]) -> int:
+    """What `Matrix.of` takes of the device for these: what it widens takes four bytes a number."""
+    (rows, columns), one = weights[0].shape, weights[0]
+    if len({(each.format, _layout(each)) for each in weights}) > 1 or not is_readable(one):
+        return len(weights) * rows * _pitch(4 * columns)
+    factors = one.scale.weight.data.size * np.dtype(FACTORS_OF[one.format]).itemsize if one.scale else 0
+    return len(weights) * (rows * _pitch(one.data.shape[1] * one.data.itemsize) + factors)
+
+
+def _pitch(row_bytes: int) -> int:
+    return -(-row_bytes // VECTOR) * VECTOR
 
 
 def _layout(weight: Weight) -> tuple[object, ...]:

@@ -31,7 +31,8 @@ def not_experts(be: Products, w: Experts) -> str | None:
         return "the experts were not prepared by this backend, or have biases"
     if not w.gate_proj.weight.alike(w.up_proj.weight):
         return "gate and up are stored in different ways"
-    if 2 * max(w.gate_proj.weight.shape[1], w.down_proj.weight.shape[1]) > MOST_BLOCKS * HIDDEN_ROWS * WARPS:
+    hidden, said = w.gate_proj.weight.shape[1], w.down_proj.weight.shape[1]
+    if hidden > MOST_BLOCKS * WARPS * HIDDEN_ROWS // 2 or said > MOST_BLOCKS * SAID_ROWS:
         return "the experts are too wide"
     return None
 

@@ -50,8 +50,9 @@ class Step:
     def __init__(
         self, device: Device, model: Model, cache: DeviceCache, room: int, adjusting: Sequence[Sampler] = ()
     ) -> None:
-        self.device, self.model, self.cache, self.room = device, model, cache, room
-        self.storage = [layer.stored for layer in cache.layers]
+        self.device, self.model, self.room = device, model, room
+        # Not the cache, which holds its steps: its memory would wait for the garbage collector.
+        self.caches = cache.layers
         self.kinds = list({(layer.spec.mask, layer.size): layer for layer in cache.layers}.items())
         self.buffer = device.empty((room * (2 + SETTINGS + len(self.kinds) * PLAN),), "int64")
         self.layers: dict[int, DeviceLayerCache] = {}
@@ -64,9 +65,8 @@ class Step:
         self.history = History(device, adjusting, room, cache.size + AHEAD) if adjusting else None
 
     def serves(self, samplers: Sequence[Sampler]) -> bool:
-        """Whether the cache's memory is where it was, and that of the history has room for these rows."""
-        held = self.history is None or self.history.holds(samplers, AHEAD)
-        return held and all(now is then.stored for then, now in zip(self.cache.layers, self.storage, strict=True))
+        """Whether the memory of the history has room for these rows."""
+        return self.history is None or self.history.holds(samplers, AHEAD)
 
     @property
     def tokens_M(self) -> Array:  # noqa: N802
@@ -93,7 +93,7 @@ class Step:
         """Put what differs from step to step into the buffer. Without tokens, those stay that the step before drew."""
         if tokens is not None and self.history is not None:
             self.history.tell(samplers)
-        for layer in self.cache.layers:
+        for layer in self.caches:
             layer.reach(rows)
         values = np.zeros(len(self.buffer), np.int64)
         values[: len(tokens or ())] = tokens or ()
@@ -194,22 +194,23 @@ class Steps(Draws):
 
     def _with_the_next(self, step: Step, state: State, settings_WS: Array) -> Drawn:
         """A captured step, and the one after it launched before this one's tokens are waited for."""
-        rows, tokens = state.rows, state.tokens_M.tolist()
+        rows, cache, tokens = state.rows, state.cache, state.tokens_M.tolist()
         assert isinstance(rows, DeviceRows)
+        assert isinstance(cache, DeviceCache)
         if rows.ahead is not None and rows.ahead.is_for(step, rows, tokens, settings_WS, state):
             turn = rows.ahead.turn
         else:
             turn = self._played(step, tokens, rows, settings_WS, state)
-        step.cache.advance(rows)
+        cache.advance(rows)
         ahead = self._ahead(step, rows.moved(1), state)
         (tokens_W, *logits), seconds = turn.wait()
         drawn = self.taken(tokens_W, logits[0] if logits else None, state.samplers, seconds, step.history)
-        step.cache.ahead = ahead and ahead._replace(tokens=drawn.tokens_W.tolist())
+        cache.ahead = ahead and ahead._replace(tokens=drawn.tokens_W.tolist())
         return drawn
 
     def _ahead(self, step: Step, rows: DeviceRows, state: State) -> Ahead | None:
         """The step over these rows, launched without knowing its tokens; None where it will not be, or has no room."""
-        if state.ends or not step.looks_ahead or max(rows.starts) >= step.cache.size:
+        if state.ends or not step.looks_ahead or max(rows.starts) >= state.cache.size:
             return None
         settings_WS = settings_of(state.samplers, 1)
         try:
@@ -229,12 +230,12 @@ class Steps(Draws):
             results = [step.tokens_M, step.logits_WN[: len(rows.slots)]]
             return self.device.turn(step.graph, results if state.logprobs else results[:1])
 
-    def _forward(self, step: Step, rows: Rows) -> Array:
+    def _forward(self, step: Step, state: State) -> Array:
         """The step's logits [room, N]; its tokens are drawn."""
-        model = step.model
+        model, rows = step.model, step.rows(state.rows)
         step.layers.clear()
         step.kept.clear()
-        logits_WN = model.architecture.forward(self, model.config, model.weights, step.tokens_M, step.rows(rows), step.cache)
+        logits_WN = model.architecture.forward(self, model.config, model.weights, step.tokens_M, rows, state.cache)
         logits_WN = self.plain(logits_WN)
         entries_WT2 = None if step.history is None else step.history.entries_WT2
         self.sample(logits_WN, step.settings_WS, step.tokens_M, entries_WT2)
@@ -242,7 +243,7 @@ class Steps(Draws):
 
     def _first(self, step: Step, state: State, settings_WS: Array | None) -> Array:
         """A step that runs as any other -> tokens_W; the second one is captured too."""
-        step.logits_WN = self._forward(step, state.rows)
+        step.logits_WN = self._forward(step, state)
         tokens_W = self.to_numpy(step.tokens_M)
         step.runs += 1
         if step.runs == 2:
@@ -256,7 +257,7 @@ class Steps(Draws):
         want_WN = self.to_numpy(step.logits_WN)[:W]
         try:
             step.fill(state.tokens_M.tolist(), state.rows, settings_WS, state.samplers)
-            graph, logits_WN = self.device.capture(lambda: self._forward(step, state.rows))
+            graph, logits_WN = self.device.capture(lambda: self._forward(step, state))
         except CannotCaptureError as error:
             step.problem = str(error)
             return

@@ -6,10 +6,13 @@ import builtins
 import contextlib
 import ctypes
 import logging
+import re
 import shutil
 import sys
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +24,7 @@ from hypothesis import strategies as st
 
 from npllm import registry
 from npllm.arrays import Array
-from npllm.backend import log_once
+from npllm.backend import Backend, log_once
 from npllm.backends.cupy_gpu import cuda
 from npllm.backends.cupy_gpu.device import CannotCaptureError
 from npllm.errors import BackendError, MemoryLimitError
@@ -79,6 +82,22 @@ def test_a_gpu_that_is_too_old_or_hidden() -> None:
     cuda.check_gpu(pretended())
 
 
+# As cupy/__init__.py has it.
+FRAMED = f"""
+{"=" * 64}
+Failed to import CuPy.
+
+If you installed CuPy via wheels (cupy-cudaXXX), make sure that the package matches with the version of CUDA installed.
+
+Check the Installation Guide for details:
+  https://docs.cupy.dev/en/latest/install.html
+
+Original error:
+  ImportError: libcudart.so.12: cannot open shared object file
+{"=" * 64}
+"""
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -87,9 +106,12 @@ def test_a_gpu_that_is_too_old_or_hidden() -> None:
             ImportError("CuPy failed to load\nlibnvrtc.so.12: no such file"),
             r"not for this machine's CUDA \(libnvrtc",
         ),
+        (ImportError(FRAMED), r"CUDA \(ImportError: libcudart\.so\.12: cannot open .*\): pip install "),
+        (AttributeError("no attribute 'x'"), r"but cannot be imported \(no attribute 'x'\): pip install"),
+        (ImportError(), r"not for this machine's CUDA \(ImportError\): pip install 'npllm"),
     ],
 )
-def test_cupy_that_is_missing_or_for_another_cuda(error: ImportError, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cupy_that_is_missing_or_for_another_cuda(error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
     def importing(name: str, *args: Any, **options: Any) -> Any:
@@ -234,12 +256,75 @@ def test_steps_that_follow_each_other_take_turns_with_two_landings() -> None:
     assert cupy.allocated == 2
 
 
+def interrupting(cupy: Pending) -> None:
+    """Ctrl-C comes once, as soon as a copy has been launched."""
+    copy = cupy.cuda.runtime.memcpyAsync
+
+    def interrupted(*args: Any) -> None:
+        copy(*args)
+        cupy.cuda.runtime.memcpyAsync = copy
+        raise KeyboardInterrupt
+
+    cupy.cuda.runtime.memcpyAsync = interrupted
+
+
+def test_an_interrupt_behind_a_copy_to_the_gpu_leaves_its_memory_alone() -> None:
+    cupy = Pending()
+    staging = cuda.Staging(cupy, 1, 64)
+    first, second = np.zeros(4, np.int64), np.zeros(4, np.int64)
+    interrupting(cupy)
+    with pytest.raises(KeyboardInterrupt):
+        staging.copy(on_device(first), np.arange(4))
+    staging.copy(on_device(second), np.arange(4) + 9)
+    cupy.until(cupy.done + len(cupy.todo))
+    assert (first.tolist(), second.tolist()) == ([0, 1, 2, 3], [9, 10, 11, 12])
+
+
+def test_an_interrupt_behind_a_launch_leaves_the_memory_that_its_results_come_to_alone() -> None:
+    cupy, landings = Pending(), list[cuda.Landing]()
+    graph: Any = SimpleNamespace(launch=lambda: None)
+    interrupting(cupy)
+    with pytest.raises(KeyboardInterrupt):
+        cuda.CudaTurn(cupy, landings, graph, [on_device(np.zeros(4, np.int64))])
+    (landing,) = landings
+    turn = cuda.CudaTurn(cupy, landings, graph, [on_device(np.arange(4))])
+    assert turn.landing is not landing
+    assert turn.wait()[0][0].tolist() == [0, 1, 2, 3]
+
+
+class Pool:
+    """A memory pool of CuPy's."""
+
+    def __init__(self) -> None:
+        self.limit = self.used = self.unused = 0
+        self.malloc = None
+
+    def set_limit(self, size: int) -> None:
+        self.limit = size
+
+    def get_limit(self) -> int:
+        return self.limit
+
+    def used_bytes(self) -> int:
+        return self.used
+
+    def free_bytes(self) -> int:
+        return self.unused
+
+    def total_bytes(self) -> int:
+        return self.used + self.unused
+
+    def free_all_blocks(self) -> None:
+        self.unused = 0
+
+
 class Capturing:
     """A CuPy whose streams capture what `refuses` does not say no to, when the capture ends or when a kernel is launched."""
 
     def __init__(self, refuses: Callable[[], bool]) -> None:
         nothing, cupy = contextlib.nullcontext(), self
-        self.ended = 0
+        self.begun, self.open = 0, False
+        self.after_begin = self.after_end = lambda: None
 
         class Stream(contextlib.nullcontext):  # type: ignore[type-arg]
             ptr = 0
@@ -249,20 +334,24 @@ class Capturing:
                 assert non_blocking
 
             def begin_capture(self, mode: int) -> None:
-                pass
+                cupy.begun, cupy.open = cupy.begun + 1, True
+                cupy.after_begin()
 
             def end_capture(self) -> str:
-                cupy.ended += 1
-                if refuses():
+                if refuses() or not cupy.open:
                     raise RefusedError("cudaErrorNotSupported")
+                cupy.open = False
+                cupy.after_end()
                 return "a graph"
 
         self.cuda = SimpleNamespace(
             runtime=SimpleNamespace(streamCaptureModeRelaxed=2, CUDARuntimeError=RefusedError), Stream=Stream,
-            MemoryPool=lambda: SimpleNamespace(malloc=None), using_allocator=lambda malloc: nothing,
+            MemoryPool=Pool, using_allocator=lambda malloc: nothing,
             get_current_stream=lambda: SimpleNamespace(synchronize=lambda: None, ptr=0),
             memory=SimpleNamespace(OutOfMemoryError=MemoryError),
         )  # fmt: skip
+        self.default = Pool()
+        self.get_default_memory_pool = lambda: self.default
 
 
 def capturing(refuses: Callable[[Any], bool]) -> Any:
@@ -273,7 +362,7 @@ def capturing(refuses: Callable[[Any], bool]) -> Any:
 
     device: Any = object.__new__(cuda.Cuda)
     device.cupy, device.dependent, device.thread = Capturing(lambda: refuses(device)), True, cuda.Threads()
-    device._asked = {}
+    device._asked, device._pools = {}, weakref.WeakSet()
     device._driver = SimpleNamespace(cuLaunchKernelEx=said_no, cuGetErrorName=lambda status, name: 0)
     return device
 
@@ -291,7 +380,7 @@ def test_graphs_where_a_driver_refuses_dependent_launch(launches: bool, caplog: 
     for _ in range(2):
         graph, _ = device.capture(work)
         assert (graph.graph, device.dependent, device.thread.capturing) == ("a graph", False, False)
-    assert device.cupy.ended == 3
+    assert device.cupy.begun == 3
     assert [record.message for record in caplog.records if "do not overlap: " in record.message]
 
 
@@ -304,6 +393,44 @@ def test_a_step_that_cannot_be_captured_says_why_and_leaves_dependent_launch_on(
     with pytest.raises(BackendError, match="801") as raised:
         device.launch(KERNEL, (1, 1, 1), 32, ())
     assert not isinstance(raised.value, CannotCaptureError)
+
+
+@pytest.mark.parametrize("when", ["after_begin", "after_end", "work"])
+def test_an_interrupt_leaves_no_capture_open(when: str) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    device = capturing(lambda device: False)
+    if when != "work":
+        setattr(device.cupy, when, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        device.capture(interrupted if when == "work" else lambda: None)
+    assert (device.cupy.begun, device.cupy.open, device.thread.capturing) == (1, False, False)
+
+
+def test_graphs_share_the_limit_of_the_process() -> None:
+    """What one holds, the next one and the default pool have no more; when it goes, they have it again."""
+    device, given = capturing(lambda device: False), []
+    device.cupy.cuda.runtime.memGetInfo = lambda: (1 << 40, 1 << 40)
+    default = device.cupy.default
+    default.limit, default.used, default.unused = 1000, 300, 500
+
+    def work() -> None:
+        (pool,) = {each.pool for each in device._pools} - set(given)
+        given.append(pool)
+        pool.used = 400
+
+    first, _ = device.capture(work)
+    second, _ = device.capture(work)
+    third, _ = device.capture(work)
+    assert [pool.limit for pool in given] == [700, 300, 1]
+    assert device.memory().free == 0
+    del second, third
+    assert device.memory().free == 300
+    default.limit = 0
+    fourth, _ = device.capture(work)
+    assert given[-1].limit == 0
+    assert (first.graph, fourth.graph) == ("a graph", "a graph")
 
 
 def test_a_capture_is_of_one_thread() -> None:
@@ -353,6 +480,40 @@ def test_named_it_is_an_error_and_auto_moves_on_and_says_so_once(
     assert [record.levelname for record in caplog.records if "cupy" in record.message] == ["WARNING"]
 
 
+NO_NVRTC = RuntimeError("CuPy failed to load libnvrtc.so.12: OSError: libnvrtc.so.12: cannot open shared object file")
+BROKEN = {
+    "compiler": (NO_NVRTC, r"CuPy is for a CUDA whose NVRTC is not installed \(CuPy failed .*\): pip install 'npllm"),
+    "properties": (RefusedError("cudaErrorUnknown"), r"the NVIDIA GPU cannot be used \(cudaErrorUnknown\): see what"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_auto_moves_on_from_a_gpu_that_fails_when_it_is_opened(
+    what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    error, message = BROKEN[what]
+
+    def fails(*args: Any) -> Any:
+        raise error
+
+    cupy = pretended()
+    cupy.cuda.Device().id = 0
+    named = {"name": b"a GPU", "multiProcessorCount": 4, "sharedMemPerBlockOptin": 1 << 17}
+    cupy.cuda.runtime.getDeviceProperties = fails if what == "properties" else lambda number: named
+    libraries = SimpleNamespace(nvrtc=SimpleNamespace(getVersion=fails if what == "compiler" else lambda: (13, 0)))
+    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs", libraries)
+    monkeypatch.setattr(cuda, "cupy_module", lambda: cupy)
+    monkeypatch.setattr(registry, "PREFERENCE", (registry.Candidate("cupy"), *registry.PREFERENCE[1:]))
+    cuda.gpu.cache_clear()
+    log_once.cache_clear()
+    with pytest.raises(BackendError, match=f"^backend 'cupy' cannot run here: {message}") as raised:
+        get_backend("cupy")
+    assert "\n" not in str(raised.value)
+    for _ in range(2):
+        assert get_backend("auto").name != "cupy"
+    assert len([record for record in caplog.records if "cupy" in record.message]) == 1
+
+
 def test_auto_says_nothing_of_a_package_that_nobody_installed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -400,6 +561,45 @@ def test_a_model_that_does_not_fit_is_refused_with_the_numbers(monkeypatch: pyte
             npllm.load(folder, backend="cupy", weights=weights)
     with pytest.raises(MemoryLimitError, match="keeps weights in the GPU's memory"):
         npllm.load(folder, backend="cupy", weights="disk")
+
+
+class OnDisk(Backend):
+    """In the place of "numba"."""
+
+    name = "numba"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the kernels for the CPU, and is not installed")
+@pytest.mark.parametrize(
+    ("memory", "weights", "taken", "why"),
+    [
+        (1 << 30, "disk", "numba", "the cupy backend keeps no weights on disk"),
+        (1000, "auto", "numba", r"the weights need \d+ MiB, 0 MiB of memory is free where the cupy backend keeps them"),
+        (1000, "memory", "numba", r"the weights need \d+ MiB, 0 MiB of memory is free where the cupy backend keeps them"),
+        (1 << 30, "memory", "cupy", ""),
+    ],
+)
+def test_auto_passes_over_a_gpu_that_cannot_have_the_weights(
+    memory: int, weights: Any, taken: str, why: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    import npllm
+    from tests.gpu.emulator import EmulatedBackend, Emulator
+    from tests.models import make_checkpoint
+
+    make_checkpoint(tmp_path)
+    names = {"cupy": "tests.gpu.emulator:EmulatedBackend", "numba": f"{__name__}:OnDisk"}
+    points = [EntryPoint(name, value, "npllm.backends") for name, value in names.items()]
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points)
+    monkeypatch.setattr(registry, "PREFERENCE", tuple(map(registry.Candidate, names)))
+    monkeypatch.setattr(EmulatedBackend, "shared_device", Emulator(memory=memory))
+    log_once.cache_clear()
+    for _ in range(2):
+        llm = npllm.load(tmp_path, weights=weights)
+        assert llm.backend.name == taken
+    said = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(said) == bool(why)
+    assert all(re.search(why, message) for message in said)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the kernels for the CPU, and is not installed")

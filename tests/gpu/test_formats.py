@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from npllm.blocks.masks import CAUSAL
 from npllm.cache import Keys, Rows
 from npllm.handles import Scale, Stack, Weight
 from npllm.testing import compare
-from npllm.weights import Experts, Linear
+from npllm.weights import Experts, GatedFFN, Linear
 from tests.compare import LIMITS
 from tests.gpu.emulator import EmulatedBackend
 from tests.gpu.emulator.device import built
@@ -41,8 +42,8 @@ def agree(got: Array, want: Array, limit: compare.Limit = LIMITS["reordered"]) -
     compare.agree(got.astype(np.float64), want, limit)
 
 
-def stored(name: str, x_FD: Array, format: str) -> Weight:
-    """Normal numbers in a format; FP8 in blocks of 16 x 32, the last ones partial."""
+def stored(name: str, x_FD: Array, format: str, block: tuple[int, int] = (16, 32)) -> Weight:
+    """Normal numbers in a format; FP8 in blocks, the last ones partial."""
     plain = Weight.of(name, x_FD.astype(np.float16 if format == "f16" else np.float32))
     if format in ("f32", "f16"):
         return plain
@@ -52,8 +53,8 @@ def stored(name: str, x_FD: Array, format: str) -> Weight:
         return grouped.quantised(plain, format)
     dice = np.random.default_rng(len(name))
     codes = dice.integers(0, 0x78, x_FD.shape).astype(np.uint8) | np.where(x_FD < 0, 0x80, 0).astype(np.uint8)
-    factors = dice.uniform(0.5, 2.0, tuple(-(-n // b) for n, b in zip(x_FD.shape, (16, 32), strict=True)))
-    scale = Scale(Weight.of("factors", (factors * 2.0**-8).astype(np.float32)), (16, 32), (0, 0))
+    factors = dice.uniform(0.5, 2.0, tuple(-(-n // b) for n, b in zip(x_FD.shape, block, strict=True)))
+    scale = Scale(Weight.of("factors", (factors * 2.0**-8).astype(np.float32)), block, (0, 0))
     return Weight(name, x_FD.shape, format, codes, scale=scale)
 
 
@@ -88,6 +89,37 @@ def test_experts(format: str, tokens: int) -> None:
     want = run(Backend("float64"), weights, x, np.clip(strange, 0, E - 1), without, "output")
     got = run(EmulatedBackend("float32"), weights, x, strange, weight, "output")
     agree(got, want)
+
+
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_gate_and_up_in_blocks_of_different_widths(tokens: int) -> None:
+    dice, F, D = np.random.default_rng(7), 48, 192
+    sizes = {"gate": (F, D, (16, 32)), "up": (F, D, (16, 128)), "down": (D, F, (16, 32))}
+    w = GatedFFN(
+        *(Linear(stored(name, dice.standard_normal(shape), "f8_e4m3", block)) for name, (*shape, block) in sizes.items())
+    )
+    x = dice.standard_normal((tokens, D))
+
+    def computed(be: Backend) -> Array:
+        return be.to_numpy(be.gated_ffn(be.asarray(x.astype(be.array_dtype)), prepared(be, w), "silu"))
+
+    agree(computed(EmulatedBackend("float32")), computed(Backend("float64")))
+
+
+def test_the_bytes_that_are_asked_for_are_those_that_are_taken() -> None:
+    """Also where kernels do not read what is stored: FP8 in blocks across their vectors, experts in two formats, float64."""
+    dice, be = np.random.default_rng(3), EmulatedBackend("stored")
+    narrow = Scale(Weight.of("factors", np.ones((4, 3), np.float16)), (16, 32), (0, 0))
+    each = {name: stored(name, dice.standard_normal((50, 96)), name) for name in FORMATS}
+    each["of blocks across vectors"] = stored("odd", dice.standard_normal((50, 96)), "f8_e4m3", (16, 24))
+    each["of short rows"] = stored("short", dice.standard_normal((50, 3)), "bf16")
+    each["of factors that are widened"] = replace(each["f8_e4m3"], scale=narrow)
+    each["of doubles"] = Weight.of("f64", dice.standard_normal((50, 96)))
+    handles: dict[str, Any] = dict(each)
+    for first, second in (("bf16", "bf16"), ("bf16", "f8_e4m3"), ("f8_e4m3", "of blocks across vectors"), ("f64", "bf16")):
+        handles[f"{first}, {second}"] = Stack("experts", (each.get(first) or each["of doubles"], each[second]))
+    for name, handle in handles.items():
+        assert be.bytes_needed([handle]) == be.prepare(Linear(handle)).weight.nbytes, name
 
 
 @pytest.mark.parametrize("stored_keys", ["float32", "bfloat16"])

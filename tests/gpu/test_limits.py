@@ -19,8 +19,8 @@ from npllm.backends.cupy_gpu.backend import CupyBackend
 from npllm.backends.cupy_gpu.device import Argument, Device, Grid, Kernel
 from npllm.blocks import CAUSAL
 from npllm.cache import Keys, Rows
-from npllm.handles import Weight
-from npllm.weights import Linear
+from npllm.handles import Stack, Weight
+from npllm.weights import Experts, Linear
 from tests.compare import agree
 from tests.gpu.emulator import EmulatedBackend, Emulator
 from tests.gpu.emulator.device import allowed
@@ -107,6 +107,19 @@ def test_latent_attention_of_any_width(L: int, J: int, dtype: str, limit: int) -
         rows = Rows((0,), (32,), (1,), be.asarray(np.arange(1)))
         be.latent_attention(be.empty(1, H, nope + J), keys, rows, w, mask=CAUSAL, scale=1.0)
     assert {name for name, *_ in be.device.seen} & {"attend", "attend_latents"}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("F", "D", "taken"), [(8, 131_070, True), (8, 131_071, False), (262_140, 8, True), (262_141, 8, False)]
+)
+def test_experts_of_any_width(F: int, D: int, taken: bool) -> None:
+    """Where a grid would be too large, the inherited definition takes them."""
+    be = on(max(LIMITS), "float32")
+    shapes = ((F, D), (F, D), (D, F))
+    w = Experts(*(Linear(Stack("e", (Weight("e", s, "bf16", np.zeros(s, np.uint16)),))) for s in shapes))
+    index, weight = be.asarray(np.zeros((1, 1), np.int64)), be.asarray(np.ones((1, 1), np.float32))
+    be.moe(be.asarray(np.zeros((1, D), np.float32)), be.prepare(w), index, weight, "silu")
+    assert ("moe_say_few" in {name for name, *_ in be.device.seen}) == taken  # type: ignore[attr-defined]
 
 
 def test_what_the_arrays_of_attention_take() -> None:
