@@ -336,6 +336,10 @@ class Backend:
         hidden_TF *= x_TD @ up_FD.T
         return hidden_TF @ down_DF.T
 
+    def altup_predict(self, x_MAD: Array, mixing_MAA: Array, /) -> Array:
+        """blocks.altup_predict: each token's streams, predicted from all of them."""
+        return blocks.altup_predict(self.xp, x_MAD, mixing_MAA)
+
     # -- coarse operations --------------------------------------------------------------------------------------------
 
     def normed(self, x_MD: Array, norm: Norm | None, /) -> Array:
@@ -485,7 +489,9 @@ class Backend:
 
 # What a trace leaves to the backend it traces, and what it computes by the canonical bodies.
 SERVICES = ("limited", "asarray", "to_numpy", "prepare", "dense", "new_cache")
-FINE = ("embed", "rms_norm", "layer_norm", "linear", "angles", "rope", "attention", "latent_expand", "moe")
+FINE = (
+    "embed", "rms_norm", "layer_norm", "linear", "angles", "rope", "attention", "latent_expand", "moe", "altup_predict",
+)  # fmt: skip
 COARSE = (
     "normed", "project_heads", "append_heads", "add_normed", "gated_ffn", "mlp", "route", "expert_ffn", "append_latents",
     "latent_project", "latent_attention", "step",

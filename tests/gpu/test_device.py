@@ -404,7 +404,7 @@ def test_a_model_that_does_not_fit_is_refused_with_the_numbers(monkeypatch: pyte
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the kernels for the CPU, and is not installed")
 def test_the_emulator_notices_what_a_gpu_would_not() -> None:
-    """A barrier that some threads do not reach, numbers that nobody wrote, a NumPy array in a kernel's place."""
+    """A NumPy array in a kernel's place, numbers that nobody wrote, a product in a capture that CuPy has cuBLAS make."""
     from npllm.backends.cupy_gpu.device import Out
     from tests.gpu.emulator import Emulator
 
@@ -418,6 +418,11 @@ def test_the_emulator_notices_what_a_gpu_would_not() -> None:
         x + np.arange(3.0)
     with pytest.raises(TypeError, match="download it"):
         x.__array__()
+    square = device.upload(np.eye(3))
+    for product in (lambda: square @ square, lambda: device.xp.matmul(square, square), lambda: np.dot(square, square)):
+        with pytest.raises(CannotCaptureError, match="cuBLAS"):
+            device.capture(product)
+        np.testing.assert_array_equal(device.download(product()), np.eye(3))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the kernels for the CPU, and is not installed")
