@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,23 @@ def test_a_graph_serves_other_positions_and_a_cache_that_moves() -> None:
     described = interpret(CONFIGS["qwen3"] | {"model_type": "qwen3"}, "qwen3")
     want = LLM.random(described, Backend("float32")).generate([[5] * 250, [7] * 40, [9]], max_tokens=14, ignore_eos=True)
     assert [each.tokens for each in got] == [each.tokens for each in want]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_prompt_cache_is_saved_and_loaded(dtype: str, tmp_path: Path) -> None:
+    """Of a model with full and sliding layers: what follows is as if nothing had been saved."""
+    llm, prompt, file = random_model("gemma3_text", dtype), list(range(5, 45)), tmp_path / "prompt.safetensors"
+    options: dict[str, Any] = {"max_tokens": 6, "temperature": 0, "ignore_eos": True}
+    first = llm.prompt_cache()
+    wanted = llm.generate(prompt, cache=first, **options).tokens
+    first.save(file)
+    again = llm.prompt_cache()
+    again.load(file)
+    assert again.tokens == first.tokens
+    for name, values in first.cache.contents(first.slot).items():
+        np.testing.assert_array_equal(again.cache.contents(again.slot)[name], values, strict=True)
+    longer = [*prompt, *wanted, 7]
+    assert llm.generate(longer, cache=again, **options).tokens == llm.generate(longer, **options).tokens
 
 
 # -- faults ---------------------------------------------------------------------------------------------------------------

@@ -175,6 +175,10 @@ class DeviceArray(np.ndarray[Any, Any]):
     def __float__(self) -> float:
         return float(self.item())
 
+    @property
+    def ctypes(self) -> Any:
+        raise AttributeError("an array of CuPy's has no ctypes: download it")
+
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError("implicit conversion to a NumPy array is not allowed: download it")
 
