@@ -85,9 +85,9 @@ def merge_heads(o_MHV: Array) -> Array:
     return o_MHV.reshape(len(o_MHV), o_MHV.shape[1] * o_MHV.shape[2])
 
 
-def widened_parts(weight: Weight) -> list[slice]:
-    """A matrix on disk in parts of rows that are widened at a time."""
-    rows = max(1, WIDENED // weight.shape[1])
+def widened_parts(weight: Any, numbers: int = WIDENED) -> list[slice]:
+    """A weight in parts of rows that are widened at a time, about so many numbers each."""
+    rows = max(1, numbers // max(1, math.prod(weight.shape[1:])))
     return [slice(begin, begin + rows) for begin in range(0, len(weight), rows)]
 
 
@@ -206,6 +206,10 @@ class Backend:
             return weight
         weight.will_need()
         return weight.array(self.array_dtype)
+
+    def is_finite(self, weight: Any) -> bool:
+        """Whether a prepared or mapped weight holds nothing but finite numbers; it needs little memory."""
+        return all(self.xp.isfinite(self.dense(weight[part])).all() for part in widened_parts(weight))
 
     def bytes_needed(self, tensors: Iterable[Tensor | Handle]) -> int:
         """Memory that these weights take when they are prepared."""

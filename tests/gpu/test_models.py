@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from functools import cache
 from pathlib import Path
@@ -16,13 +17,14 @@ if shutil.which("g++") is None:
     pytest.skip("g++ compiles the kernels for the CPU, and is not installed", allow_module_level=True)
 
 from npllm.backend import Backend, log_once
+from npllm.backends.cupy_gpu import base
 from npllm.backends.cupy_gpu.cache import DeviceCache
 from npllm.errors import MemoryLimitError, NumericsError
 from npllm.handles import Stack, Weight
 from npllm.llm import LLM
 from npllm.model import Model
 from npllm.models import interpret
-from npllm.weights import build_tree, random_weights
+from npllm.weights import build_tree, leaves, random_weights
 from tests.compare import agree
 from tests.export import CASES, ONE_OF_EACH, TRUTH
 from tests.gpu.emulator import EmulatedBackend, Emulator
@@ -173,6 +175,46 @@ def test_logits_that_are_not_finite_end_the_generation() -> None:
     llm = random_model("qwen3")
     llm.model.weights.norm.weight[0] = np.float32("nan")
     with pytest.raises(NumericsError, match=r"not finite.*norm"):
+        llm.generate([5, 6, 7], max_tokens=4, ignore_eos=True)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_damage_is_looked_for_with_little_memory(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number of the last row, in a matrix that is looked at by the row."""
+    described = interpret(CONFIGS["qwen3"] | {"model_type": "qwen3", "tie_word_embeddings": tied}, "qwen3")
+    llm = LLM.random(described, EmulatedBackend("float32"))
+    matrix, device = getattr(llm.model.weights, "embed_tokens" if tied else "lm_head").weight, llm.backend.device
+    matrix.rows_of_bytes[-1, :4] = device.upload(np.array([np.nan], np.float32).view(np.uint8))
+    largest, empty = [0], Emulator.empty
+
+    def small(self: Emulator, shape: Any, dtype: Any) -> Any:
+        largest.append(math.prod(shape))
+        return empty(self, shape, dtype)
+
+    def looking(tree: Any) -> Any:
+        monkeypatch.setattr(Emulator, "empty", small)
+        return leaves(tree)
+
+    monkeypatch.setattr(base, "LOOKED_AT", 100)
+    monkeypatch.setattr("npllm.llm.leaves", looking)
+    with pytest.raises(NumericsError, match=r"not finite.*; (embed_tokens|lm_head)\.weight holds such numbers"):
+        llm.generate([5, 6, 7], max_tokens=4, ignore_eos=True)
+    assert 0 < max(largest) <= max(100, matrix.shape[1])
+
+
+def test_damage_that_cannot_be_looked_for_takes_nothing_from_the_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = random_model("qwen3")
+    llm.model.weights.norm.weight[0] = np.float32("nan")
+
+    def full(*args: Any) -> Any:
+        raise MemoryLimitError("the GPU's memory is full")
+
+    def looking(tree: Any) -> Any:
+        monkeypatch.setattr(Emulator, "empty", full)
+        return leaves(tree)
+
+    monkeypatch.setattr("npllm.llm.leaves", looking)
+    with pytest.raises(NumericsError, match=r"not finite[^;]*$"):
         llm.generate([5, 6, 7], max_tokens=4, ignore_eos=True)
 
 
