@@ -216,6 +216,10 @@ class Backend:
         numbers = sum(math.prod(tensor.shape) for tensor in tensors if tensor.part != "lookup")
         return numbers * np.dtype(self.array_dtype).itemsize
 
+    def pinned_bytes(self, tensors: Iterable[Tensor | Handle]) -> int:
+        """Memory of the host that these weights take besides, where a backend keeps its weights elsewhere."""
+        return 0
+
     def available_memory(self) -> int:
         """Bytes that weights and caches can still take, where this backend keeps them."""
         return available_memory()

@@ -135,10 +135,14 @@ class Base(Backend):
         """Stored bytes: nothing is widened."""
         if self.dtype == "float64":
             return super().bytes_needed(tensors)
-        kept = [tensor for tensor in tensors if tensor.part != "lookup"]
-        return sum(4 * tensor.size if isinstance(tensor, Tensor) else self._bytes_of(tensor) for tensor in kept)
+        return sum(self._bytes_of(tensor) for tensor in tensors if tensor.part != "lookup")
 
-    def _bytes_of(self, handle: Handle) -> int:
+    def pinned_bytes(self, tensors: Iterable[Tensor | Handle]) -> int:
+        return sum(self._bytes_of(tensor) for tensor in tensors if tensor.part == "lookup")
+
+    def _bytes_of(self, handle: Tensor | Handle) -> int:
+        if isinstance(handle, Tensor):
+            return 4 * handle.size
         if isinstance(handle, Stack):
             return sum(map(self._bytes_of, handle.weights))
         if len(handle.shape) != 2 or handle.part in WIDENED:

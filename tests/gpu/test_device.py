@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import ctypes
+import functools
 import logging
 import shutil
 import sys
@@ -124,6 +125,22 @@ def test_memory_that_runs_out_is_an_error_of_ours_and_is_given_back() -> None:
         with pytest.raises(type(other)), guard:
             raise other
     assert given_back == [True, True]
+
+
+def test_the_hosts_memory_that_runs_out_is_told_apart_from_the_gpus() -> None:
+    def alloc(error: str) -> Any:
+        raise RefusedError(error)
+
+    runtime = SimpleNamespace(CUDARuntimeError=RefusedError)
+    for error, kind, message in (
+        ("cudaErrorMemoryAllocation: out of memory", MemoryLimitError, r"the host has no 32 MiB that the GPU could reach"),
+        ("cudaErrorIllegalAddress", RefusedError, "cudaErrorIllegalAddress"),
+    ):
+        cupy = SimpleNamespace(cuda=SimpleNamespace(alloc_pinned_memory=lambda nbytes, e=error: alloc(e), runtime=runtime))
+        staging, landing = cuda.Staging(cupy, *cuda.LARGE), functools.partial(cuda.Landing, cupy, 32 << 20)
+        for asks in (staging._piece, landing, functools.partial(cuda.pinned, cupy, 32 << 20)):
+            with pytest.raises(kind, match=message):
+                asks()
 
 
 class Pending:

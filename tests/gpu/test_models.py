@@ -20,7 +20,6 @@ from npllm.backend import Backend, log_once
 from npllm.backends.cupy_gpu import base
 from npllm.backends.cupy_gpu.cache import DeviceCache
 from npllm.errors import MemoryLimitError, NumericsError
-from npllm.handles import Stack, Weight
 from npllm.llm import LLM
 from npllm.model import Model
 from npllm.models import interpret
@@ -256,12 +255,22 @@ def test_an_interrupt_between_steps_lets_the_graph_and_the_cache_go() -> None:
     assert gone() is None
 
 
-def test_a_table_that_is_only_looked_up_takes_no_memory_of_the_device() -> None:
-    described = interpret(CONFIGS["gemma3n_text"] | {"model_type": "gemma3n_text"}, "gemma3n_text")
-    spec = described.architecture.weight_spec(described.config)
-    be = EmulatedBackend("float32")
-    handles = random_weights(spec)
-    table = next(name for name, tensor in spec.items() if tensor.part == "lookup")
-    whole = be.bytes_needed(handles.values())
-    assert isinstance(handles[table], Weight | Stack)
-    assert be.bytes_needed(handle for name, handle in handles.items() if name != table) == whole
+def test_a_table_that_is_only_looked_up_takes_no_memory_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was foretold of the device and of the host is what the prepared weights take there."""
+    monkeypatch.setattr(EmulatedBackend, "shared_device", Emulator())
+    llm = random_model("gemma3n_text")
+    device, handles = llm.backend.device, random_weights(llm.model.spec)
+    assert device.allotted == llm.backend.bytes_needed(handles.values())
+    assert device.pinned == llm.backend.pinned_bytes(handles.values())
+    assert device.pinned == sum(4 * tensor.size for tensor in llm.model.spec.values() if tensor.part == "lookup") > 0
+
+
+def test_a_table_that_the_host_has_no_room_for_is_refused_before_anything_is_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(EmulatedBackend, "shared_device", Emulator())
+    monkeypatch.setattr("npllm.model.available_memory", lambda: 1000)
+    with pytest.raises(MemoryLimitError, match=r"host's memory need \d+ MiB that cannot be swapped, 0 MiB is available"):
+        random_model("gemma3n_text")
+    assert EmulatedBackend("float32").device.allotted == 0  # type: ignore[attr-defined]
+    random_model("qwen3")

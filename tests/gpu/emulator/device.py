@@ -71,6 +71,14 @@ def allowed(device: Emulator, kernel: Kernel, grid: Grid, block: int, shared: in
         raise ValueError(f"{kernel.name} on a grid of {grid}, {block} threads, {shared} and {arrays} bytes each")
 
 
+def room_for(shape: tuple[int, ...], dtype: DTypeLike) -> DeviceArray:
+    """An array that nobody has written."""
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    room = np.full(size + ALIGNMENT, POISON, np.uint8)
+    begin = -room.ctypes.data % ALIGNMENT
+    return room[begin : begin + size].view(dtype).reshape(shape).view(DeviceArray)
+
+
 class Emulator(Device):
     """A small GPU: few multiprocessors, so that small cases are cut into splits too."""
 
@@ -86,6 +94,8 @@ class Emulator(Device):
         runtime = (HERE / "runtime.cpp").read_text().replace('#include "cuda_on_cpu.h"', self.header)
         self.runtime = built("runtime", runtime)
         self.limit = memory
+        # Bytes that were asked for, of the device and of the host's pinned memory.
+        self.allotted = self.pinned = 0
         self.kernels: dict[tuple[Any, ...], Kernel] = {}
         self.compiled: set[tuple[Any, ...]] = set()
         # Bytes of shared memory that the kernels of a file have as arrays, by what they were compiled with.
@@ -95,11 +105,9 @@ class Emulator(Device):
         self.recording: list[Callable[[], None]] | None = None
 
     def empty(self, shape: Sequence[int], dtype: DTypeLike) -> Array:
-        shape = tuple(shape)
-        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        room = np.full(size + ALIGNMENT, POISON, np.uint8)
-        begin = -room.ctypes.data % ALIGNMENT
-        return room[begin : begin + size].view(dtype).reshape(shape).view(DeviceArray)
+        made = room_for(tuple(shape), dtype)
+        self.allotted += made.nbytes
+        return made
 
     def upload(self, array: Array) -> Array:
         STREAM.read("upload")
@@ -132,7 +140,11 @@ class Emulator(Device):
             self.launches.add(Moved(array, role))
 
     def mapped(self, array: Array) -> Array:
-        return self.upload(array)
+        STREAM.read("mapped")
+        made = room_for(array.shape, array.dtype)
+        plain(made)[...] = array
+        self.pinned += made.nbytes
+        return made
 
     def address(self, array: Array) -> int:
         if not isinstance(array, DeviceArray):
