@@ -429,6 +429,8 @@ def test_the_emulator_notices_what_a_gpu_would_not() -> None:
     kernel = device.kernel("elementwise.cu", "halve", {})
     with pytest.raises(TypeError, match="not an array of the device"):
         device.launch(kernel, (1, 1, 1), 32, (np.zeros(3), Out(device.empty((3,), "float32"))))
+    with pytest.raises(ValueError, match="512 threads"):
+        device.launch(kernel, (1, 1, 1), 512, (device.empty((3,), "float32"), 3, Out(device.empty((3,), "uint16"))))
     assert np.isnan(device.download(device.empty((3,), "float32"))).all()
     x = device.upload(np.arange(3.0))
     with pytest.raises(TypeError, match="upload it"):

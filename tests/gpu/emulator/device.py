@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -63,11 +65,22 @@ def built(name: str, text: str, *more: str) -> Path:
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
 
 
+# Threads of a block whose kernel does not say how many there are (`__launch_bounds__`): each may have been given 255 of a
+# multiprocessor's 65,536 registers.
+UNBOUNDED = 256
+
+
+@functools.cache
+def is_bounded(file: str, kernel: str) -> bool:
+    return re.search(rf"__launch_bounds__\([^)]*\) {kernel}\(", source(file)) is not None
+
+
 def allowed(device: Emulator, kernel: Kernel, grid: Grid, block: int, shared: int) -> None:
-    """ValueError for a launch that a GPU would refuse."""
+    """ValueError for a launch that a GPU would refuse, or might."""
     arrays = device.arrays.get((kernel.file, kernel.name, *kernel.defines), 0)
     sizes = all(0 < size <= most for size, most in zip(grid, LARGEST_GRID, strict=True))
-    if not (sizes and block in range(32, 1025, 32) and shared + arrays <= device.shared_limit):
+    most = 1024 if is_bounded(kernel.file, kernel.name) else UNBOUNDED
+    if not (sizes and block in range(32, most + 1, 32) and shared + arrays <= device.shared_limit):
         raise ValueError(f"{kernel.name} on a grid of {grid}, {block} threads, {shared} and {arrays} bytes each")
 
 
