@@ -7,6 +7,7 @@ import json
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 VERBS = {
     "canon": "the NumPy backend against np.matmul and the read bandwidth, in one run",
@@ -75,12 +76,25 @@ def engines(text: str) -> str:
 def main() -> None:
     args = parser().parse_args()
     bench = import_module(f"bench.{args.verb}")
-    figures = bench.run(**{name: value for name, value in vars(args).items() if name not in ("verb", "out")})
-    if args.out is None and hasattr(bench, "results_file"):
-        args.out = bench.results_file(figures)
-    if args.out is not None:
-        args.out.write_text(json.dumps(figures, indent=2) + "\n")
+
+    def keep(figures: dict[str, Any]) -> None:
+        file = args.out or (bench.results_file(figures) if hasattr(bench, "results_file") else None)
+        if file is not None:
+            write(figures, file)
+
+    options = {name: value for name, value in vars(args).items() if name not in ("verb", "out")}
+    if args.verb == "gpu":
+        options["keep"] = keep
+    figures = bench.run(**options)
+    keep(figures)
     print(bench.table(figures))
+
+
+def write(figures: dict[str, Any], file: Path) -> None:
+    """As JSON, whole or not at all: a run that writes several times may be ended while it does."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(json.dumps(figures, indent=2) + "\n")
+    part.replace(file)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 machine    read bandwidth (a kernel that reads 4 GiB and adds) and bf16 matmul rate (8192 cubed, by cuBLAS);
 decode     tokens per second and weight bytes per second of Qwen3 shapes, batch 1 and 8, greedy and drawn;
+host       what a token costs the host, and how many launches its step is;
 prefill    4096 tokens at once, arithmetic over the matmul rate;
 mixture    the same of Qwen3-30B-A3B, by the bytes of the experts that a token is given;
 layers     mixtures and latent attention by the layer (bench.gpu_layers);
@@ -13,14 +14,18 @@ has come back to the host.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import platform
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -209,6 +214,64 @@ def rate(this: Run, llm: LLM, batch: int, **sampling: Any) -> float:
     return max(once() for _ in range(this.rounds))
 
 
+def host(this: Run, llm: LLM) -> Iterator[Figure]:
+    """What a token costs the host between two waits for the GPU, and of how many launches a captured step is."""
+    with watching(this.be.device) as watch:
+        tokens = rate(this, llm, 1)
+    work = statistics.median(watch.between)
+    shown = f"{work * 1e6:.0f} us of {1e6 / tokens:.0f} us"
+    yield Figure(f"{llm.name} decode: host's time / token's time", work * tokens, 1.0, True, shown)
+    layers = llm.config.num_hidden_layers
+    shown = f"{watch.launches} launches, {layers} layers"
+    yield Figure(f"{llm.name} decode: launches per step and layer", watch.launches / layers, 6.5, True, shown)
+
+
+@dataclass
+class Watch:
+    """Seconds from the end of each wait for the device to the next one, and the launches of the step captured last."""
+
+    between: list[float] = field(default_factory=list)
+    launches: int = 0
+    asked: int = 0
+    ended: float | None = None
+
+    def waited(self, wait: Callable[[], Any]) -> Any:
+        if self.ended is not None:
+            self.between.append(time.perf_counter() - self.ended)
+        result = wait()
+        self.ended = time.perf_counter()
+        return result
+
+
+@contextlib.contextmanager
+def watching(device: Any) -> Iterator[Watch]:
+    """What is asked of the device meanwhile."""
+    watch, turn, capture, launch = Watch(), device.turn, device.capture, device.launch
+
+    def turned(*args: Any) -> Any:
+        made = turn(*args)
+        return SimpleNamespace(wait=lambda: watch.waited(made.wait))
+
+    def captured(function: Callable[[], Any]) -> Any:
+        def counted() -> Any:
+            before = watch.asked
+            result = function()
+            watch.launches = watch.asked - before
+            return result
+
+        return capture(counted)
+
+    def launched(*args: Any) -> None:
+        watch.asked += 1
+        launch(*args)
+
+    device.turn, device.capture, device.launch = turned, captured, launched
+    try:
+        yield watch
+    finally:
+        del device.turn, device.capture, device.launch
+
+
 def prefill(this: Run, llm: LLM) -> Iterator[Figure]:
     tokens_T = np.random.default_rng(0).integers(0, llm.config.vocab_size, this.prompt)
     least = math.inf
@@ -256,20 +319,30 @@ def layers(this: Run) -> Iterator[Figure]:
         yield from gpu_layers.latents(this.be, of, *this.machine)
 
 
-def run(rounds: int = 3, only: str = "") -> dict[str, Any]:
-    """All figures; `only` names words of the groups that are wanted. SystemExit in one line where there is no GPU."""
+def run(rounds: int = 3, only: str = "", keep: Callable[[dict[str, Any]], None] = lambda figures: None) -> dict[str, Any]:
+    """All figures; `only` names words of the groups that are wanted. SystemExit in one line where there is no GPU.
+
+    `keep` is given what there is after each figure, since a run may be ended at any time.
+    """
     try:
         be: Any = get_backend("cupy", dtype="bfloat16")
     except NpllmError as error:
         raise SystemExit(f"python -m bench gpu: {error}") from None
     note("read bandwidth, bf16 matmul")
     this = Run(be, measured(be), rounds, 128, 4096, MODELS, False)
-    figures, failures = collected(this, [word for word in only.split(",") if word])
+
+    def kept(figures: list[Figure], failures: dict[str, str]) -> None:
+        keep(written(this, figures, failures, gpu_about(be)))
+
+    figures, failures = collected(this, [word for word in only.split(",") if word], kept)
     return written(this, figures, failures, gpu_about(be))
 
 
-def collected(this: Run, words: list[str]) -> tuple[list[Figure], dict[str, str]]:
-    """The figures of the groups that are wanted, and why others are missing."""
+Kept = Callable[[list[Figure], dict[str, str]], None]
+
+
+def collected(this: Run, words: list[str], kept: Kept) -> tuple[list[Figure], dict[str, str]]:
+    """The figures of the groups that are wanted, and why others are missing; `kept` sees them as they come."""
     figures: list[Figure] = []
     failures: dict[str, str] = {}
 
@@ -281,11 +354,13 @@ def collected(this: Run, words: list[str]) -> tuple[list[Figure], dict[str, str]
             for figure in work():
                 note(f"  {figure.name}: {figure.value:.3g} ({figure.shown})")
                 figures.append(figure)
+                kept(figures, failures)
         except Exception as error:  # one group that fails must not cost the others, nor the time on the machine
             failures[name] = f"{type(error).__name__}: {error}"
+            kept(figures, failures)
 
     for name, values in this.models.items():
-        if words and not any(word in f"{name} decode prefill peers" for word in words):
+        if words and not any(word in f"{name} decode host prefill peers" for word in words):
             continue
         note(f"{name}: weights, kernels")
         try:
@@ -293,8 +368,9 @@ def collected(this: Run, words: list[str]) -> tuple[list[Figure], dict[str, str]
             this.be.warm_up(lambda done, all: None, llm.model)
         except Exception as error:
             failures[name] = f"{type(error).__name__}: {error}"
+            kept(figures, failures)
             continue
-        for part in (decode, prefill, peers):
+        for part in (decode, host, prefill, peers):
             group(f"{name} {part.__name__}", lambda part=part, llm=llm: part(this, llm))
         del llm
         gc.collect()
@@ -355,7 +431,7 @@ def table(figures: dict[str, Any]) -> str:
     for name, value in figures["limits"].items():
         lines.append(f"| {name} | | {figures['predicted_limits'][name]:g} | {value:.2f} | |")
     for each in figures["figures"]:
-        reach = f"at least {each['reach']:g}" if each["reach"] else ""
+        reach = f"at {'most' if each['most'] else 'least'} {each['reach']:g}" if each["reach"] else ""
         predicted = "" if each["predicted"] is None else f"{each['predicted']:g}"
         lines.append(f"| {each['name']} | {reach} | {predicted} | {each['value']:.2f} | {each['shown']} |")
     lines += ["", f"{figures.get('gpu', {}).get('smi', '')}; {figures['date']}; commit {figures.get('commit', '')}."]

@@ -85,9 +85,9 @@ def merge_heads(o_MHV: Array) -> Array:
     return o_MHV.reshape(len(o_MHV), o_MHV.shape[1] * o_MHV.shape[2])
 
 
-def widened_parts(weight: Weight) -> list[slice]:
-    """A matrix on disk in parts of rows that are widened at a time."""
-    rows = max(1, WIDENED // weight.shape[1])
+def widened_parts(weight: Any, numbers: int = WIDENED) -> list[slice]:
+    """A weight in parts of rows that are widened at a time, about so many numbers each."""
+    rows = max(1, numbers // max(1, math.prod(weight.shape[1:])))
     return [slice(begin, begin + rows) for begin in range(0, len(weight), rows)]
 
 
@@ -207,10 +207,18 @@ class Backend:
         weight.will_need()
         return weight.array(self.array_dtype)
 
+    def is_finite(self, weight: Any) -> bool:
+        """Whether a prepared or mapped weight holds nothing but finite numbers; it needs little memory."""
+        return all(self.xp.isfinite(self.dense(weight[part])).all() for part in widened_parts(weight))
+
     def bytes_needed(self, tensors: Iterable[Tensor | Handle]) -> int:
         """Memory that these weights take when they are prepared."""
         numbers = sum(math.prod(tensor.shape) for tensor in tensors if tensor.part != "lookup")
         return numbers * np.dtype(self.array_dtype).itemsize
+
+    def pinned_bytes(self, tensors: Iterable[Tensor | Handle]) -> int:
+        """Memory of the host that these weights take besides, where a backend keeps its weights elsewhere."""
+        return 0
 
     def available_memory(self) -> int:
         """Bytes that weights and caches can still take, where this backend keeps them."""
@@ -335,6 +343,10 @@ class Backend:
         hidden_TF = blocks.ACTIVATIONS[act](self.xp, x_TD @ gate_FD.T)
         hidden_TF *= x_TD @ up_FD.T
         return hidden_TF @ down_DF.T
+
+    def altup_predict(self, x_MAD: Array, mixing_MAA: Array, /) -> Array:
+        """blocks.altup_predict: each token's streams, predicted from all of them."""
+        return blocks.altup_predict(self.xp, x_MAD, mixing_MAA)
 
     # -- coarse operations --------------------------------------------------------------------------------------------
 
@@ -485,7 +497,9 @@ class Backend:
 
 # What a trace leaves to the backend it traces, and what it computes by the canonical bodies.
 SERVICES = ("limited", "asarray", "to_numpy", "prepare", "dense", "new_cache")
-FINE = ("embed", "rms_norm", "layer_norm", "linear", "angles", "rope", "attention", "latent_expand", "moe")
+FINE = (
+    "embed", "rms_norm", "layer_norm", "linear", "angles", "rope", "attention", "latent_expand", "moe", "altup_predict",
+)  # fmt: skip
 COARSE = (
     "normed", "project_heads", "append_heads", "add_normed", "gated_ffn", "mlp", "route", "expert_ffn", "append_latents",
     "latent_project", "latent_attention", "step",

@@ -16,7 +16,7 @@ from npllm.arrays import Array
 from npllm.backend import Backend
 from npllm.cache import Cache
 from npllm.config import shown
-from npllm.errors import ArgumentError, ContextError, NumericsError, TokenizerError
+from npllm.errors import ArgumentError, ContextError, NpllmError, NumericsError, TokenizerError
 from npllm.generation import (
     PREFILL,
     Batch,
@@ -345,10 +345,11 @@ class LLM:
             raise NumericsError(f"{self.name}: {error}{self._damage()}") from None
 
     def _damage(self) -> str:
-        be = self.backend
-        for path, weight in leaves(self.model.weights):
-            if not np.isfinite(be.to_numpy(be.dense(weight))).all():
-                return f"; {path} holds such numbers"
+        # What is wrong has been said: a cause that cannot be found must not take its place.
+        with contextlib.suppress(NpllmError, MemoryError):
+            for path, weight in leaves(self.model.weights):
+                if not self.backend.is_finite(weight):
+                    return f"; {path} holds such numbers"
         return ""
 
     def _take_conversation(self) -> PromptCache:

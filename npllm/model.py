@@ -15,7 +15,7 @@ from npllm.backend import Backend
 from npllm.cache import Cache, Rows
 from npllm.errors import MemoryLimitError
 from npllm.handles import Handle
-from npllm.machine import available_for, gibibytes
+from npllm.machine import available_for, available_memory, gibibytes
 from npllm.models import Architecture
 from npllm.weights import Spec, Tensor, count_parameters
 
@@ -54,6 +54,12 @@ def check_memory(be: Backend, tensors: Collection[Tensor | Handle], name: str, *
     If they do not: MemoryLimitError when they must (`demanded`, or the backend reads none from disk), else a warning that
     they stay there.
     """
+    pinned = be.pinned_bytes(tensors)
+    if pinned > (left := available_for(pinned, available_memory)):
+        raise MemoryLimitError(
+            f"{name}: tables that stay in the host's memory need {gibibytes(pinned)} that cannot be swapped, "
+            f"{gibibytes(left)} is available: free some, or use backend='numba', which reads them from disk"
+        )
     needed = be.bytes_needed(tensors)
     available = available_for(needed, be.available_memory)
     if needed <= available:

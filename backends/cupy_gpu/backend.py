@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from npllm.backends.cupy_gpu.altup import Streams
 from npllm.backends.cupy_gpu.attention import Attention
 from npllm.backends.cupy_gpu.embedding import Embeddings
 from npllm.backends.cupy_gpu.ffn import FeedForward
@@ -18,6 +19,7 @@ from npllm.backends.cupy_gpu.steps import Steps
 
 
 class CupyBackend(
-    Latents, Attention, FeedForward, Norms, Ropes, Placed, Embeddings, Mixtures, Routers, Declared, Steps, Service, Products
+    Latents, Attention, FeedForward, Norms, Ropes, Placed, Embeddings, Streams, Mixtures, Routers, Declared, Steps, Service,
+    Products,
 ):  # fmt: skip
     """Models on an NVIDIA GPU: kernels of our own, decode steps as one graph."""

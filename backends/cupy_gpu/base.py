@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from npllm.arrays import Array, DTypeLike
-from npllm.backend import RMS, Backend, Norm
+from npllm.backend import RMS, Backend, Norm, widened_parts
 from npllm.backends.cupy_gpu.device import Argument, Device, Fixed, Grid, InOut, Out
 from npllm.backends.cupy_gpu.matrix import FORMATS, Matrix, device_bytes
 from npllm.cache import Keys, Rows
@@ -30,6 +30,9 @@ ACTIVATIONS = {
 # Of each row, in a plan (keys.cuh): its slot, how many keys it sees, the position of the first and where it lies in storage;
 # its first query among the packed ones, the last one's successor, the first one's position and where its key is stored.
 PLAN = 8
+
+# Numbers of a matrix that are looked at together: enough to keep a GPU busy, and 20 MB.
+LOOKED_AT = 1 << 22
 
 # Threads of kernels that treat every number alike.
 THREADS = 256
@@ -107,15 +110,24 @@ class Base(Backend):
         """A prepared weight as an array in `array_dtype` on the GPU."""
         return self.widened(weight) if isinstance(weight, Matrix) else weight
 
-    def widened(self, matrix: Matrix) -> Array:
-        """A matrix, or a stack of them, as float32."""
+    def is_finite(self, weight: Any) -> bool:
+        if not isinstance(weight, Matrix):
+            return super().is_finite(weight)
+        matrices = [weight[e] for e in range(len(weight))] if len(weight.shape) == 3 else [weight]
+        with self.device.guarded():
+            parts = ((each, part) for each in matrices for part in widened_parts(each, LOOKED_AT))
+            return all(self.xp.isfinite(self.widened(each, part)).all() for each, part in parts)
+
+    def widened(self, matrix: Matrix, part: slice = slice(None)) -> Array:
+        """A matrix, or some of its rows, or a stack of matrices, as float32."""
         if len(matrix.shape) == 3:
             return self.xp.stack([self.widened(matrix[e]) for e in range(len(matrix))])
-        rows, columns = matrix.shape
+        first, end, _ = part.indices(len(matrix))
+        rows, columns = end - first, matrix.shape[1]
         out = self.empty(rows, columns)
         if out.size:
             blocks = min(groups(out.size, THREADS), 16 * self.device.multiprocessors)
-            arguments = (matrix.structure, 0, rows, 0, Out(out))
+            arguments = (matrix.structure, first, rows, 0, Out(out))
             self.launch("widen.cu", "widen_matrix", {"FORMAT": FORMATS[matrix.format]}, (blocks, 1, 1), THREADS, arguments)
         return out
 
@@ -123,10 +135,14 @@ class Base(Backend):
         """Stored bytes; of what kernels do not read as it is stored, four a number."""
         if self.dtype == "float64":
             return super().bytes_needed(tensors)
-        kept = [tensor for tensor in tensors if tensor.part != "lookup"]
-        return sum(4 * tensor.size if isinstance(tensor, Tensor) else self._bytes_of(tensor) for tensor in kept)
+        return sum(self._bytes_of(tensor) for tensor in tensors if tensor.part != "lookup")
 
-    def _bytes_of(self, handle: Handle) -> int:
+    def pinned_bytes(self, tensors: Iterable[Tensor | Handle]) -> int:
+        return sum(self._bytes_of(tensor) for tensor in tensors if tensor.part == "lookup")
+
+    def _bytes_of(self, handle: Tensor | Handle) -> int:
+        if isinstance(handle, Tensor):
+            return 4 * handle.size
         weights = handle.weights if isinstance(handle, Stack) else (handle,)
         size, one = int(np.prod(handle.shape)), weights[0]
         if len(one.shape) != 2 or one.part in WIDENED:

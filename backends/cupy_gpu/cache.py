@@ -83,6 +83,10 @@ class DeviceLayerCache(LayerCache):
             step.appended(keys, self)
         return keys
 
+    def contents(self, slot: int, length: int) -> dict[str, Array]:
+        # To the host, which writes them to files; `restore` takes them from there.
+        return {name: self.be.to_numpy(x_GSF) for name, x_GSF in super().contents(slot, length).items()}
+
     def entries(self, tokens: int) -> int:
         kept = super().entries(tokens)
         return kept + 1 if kept < tokens and self.be.looks_ahead else kept

@@ -27,7 +27,7 @@ from npllm.backends.cupy_gpu import cublaslt
 from npllm.backends.cupy_gpu.device import Argument, CannotCaptureError, Device, Graph, Grid, Kernel, Memory, Packed
 from npllm.backends.cupy_gpu.sources import source
 from npllm.errors import BackendError, MemoryLimitError
-from npllm.machine import cache_root, gibibytes
+from npllm.machine import available_memory, cache_root, gibibytes
 
 # The least compute capability: cp.async and bf16 products.
 LEAST_ARCHITECTURE = 80
@@ -241,12 +241,25 @@ class GraphPool:
         self.pool = pool
 
 
+def pinned(cupy: Any, nbytes: int) -> Any:
+    """Memory of the host that the GPU can reach; MemoryLimitError."""
+    try:
+        return cupy.cuda.alloc_pinned_memory(nbytes)
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        if "cudaErrorMemoryAllocation" not in str(error):
+            raise
+        raise MemoryLimitError(
+            f"the host has no {gibibytes(nbytes)} that the GPU could reach (pinned memory; {gibibytes(available_memory())} "
+            "is available): free some memory of the host"
+        ) from None
+
+
 class Landing:
     """Pinned memory that a result comes back to, and the events of when its launch began and when it had come."""
 
     def __init__(self, cupy: Any, nbytes: int) -> None:
         self.nbytes = nbytes
-        self.memory: Any = cupy.cuda.alloc_pinned_memory(nbytes)
+        self.memory = pinned(cupy, nbytes)
         self.began, self.came = cupy.cuda.Event(), cupy.cuda.Event()
 
 
@@ -363,7 +376,7 @@ class Cuda(Device):
 
     def mapped(self, array: Array) -> Array:
         array = np.ascontiguousarray(array)
-        memory: Any = self.cupy.cuda.alloc_pinned_memory(max(1, array.nbytes))
+        memory = pinned(self.cupy, max(1, array.nbytes))
         pointer = int(memory.ptr)
         np.frombuffer(memory, np.uint8, array.nbytes)[:] = array.reshape(-1).view(np.uint8)
         # Pinned memory has the same address on the GPU (unified addressing).
@@ -559,8 +572,7 @@ class Staging:
 
     def _piece(self) -> tuple[Any, Any]:
         while len(self.pieces) < self.count:
-            memory: Any = self.cupy.cuda.alloc_pinned_memory(self.size)
-            self.pieces.append((memory, self.cupy.cuda.Event(block=False, disable_timing=True)))
+            self.pieces.append((pinned(self.cupy, self.size), self.cupy.cuda.Event(block=False, disable_timing=True)))
         self.turn = (self.turn + 1) % self.count
         return self.pieces[self.turn]
 

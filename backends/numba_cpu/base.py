@@ -102,6 +102,9 @@ class Base(Backend):
     def dense(self, weight: Any) -> Array:
         return super().dense(weight.weight if isinstance(weight, Matrix) else weight)
 
+    def is_finite(self, weight: Any) -> bool:
+        return super().is_finite(weight.weight if isinstance(weight, Matrix) else weight)
+
     def arithmetic(self, matrix: Matrix) -> int:
         """What products with a matrix are computed in: FLOAT32, BFLOAT16, INT8 (npllm.backends.numba_cpu.linear)."""
         if self.dtype == "stored":

@@ -221,7 +221,7 @@ def block(
     active, eps = c.altup_active_idx, c.rms_norm_eps
     mixing_MF = be.linear(altup_router(be, c, w.altup, x_MAD[:, active]), w.altup.prediction_coefs)
     mixing_MAA = split_heads(mixing_MF, c.altup_num_inputs)
-    p_MAD = be.mark("altup.predicted", blocks.altup_predict(be.xp, x_MAD, mixing_MAA))
+    p_MAD = be.mark("altup.predicted", be.altup_predict(x_MAD, mixing_MAA))
     x_MD, keys = attend(be, c, layer, w, p_MAD[:, active], angles, rows, memory)
     f_MD = ffn(be, c, w.mlp, x_MD, RMS(w.pre_feedforward_layernorm, eps), layer.sparsity)
     x_MD = be.mark("ffn.output", be.add_normed(x_MD, f_MD, RMS(w.post_feedforward_layernorm, eps)))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +17,8 @@ from npllm.errors import BackendError
 pytest.importorskip("numba")
 
 from bench import gpu
+from bench.__main__ import main
+from bench.numba import Figure
 from npllm.backends.cupy_gpu import cuda
 from tests.gpu.compiled import compiler
 from tests.gpu.emulator import EmulatedBackend
@@ -27,12 +32,64 @@ needs_gxx = pytest.mark.skipif(
 def test_every_group_runs() -> None:
     models = {"Qwen3-8B tiny": gpu.QWEN3_8B | gpu.TINY}
     this = gpu.Run(EmulatedBackend("bfloat16"), gpu.Machine(1e12, 1e14), 1, 3, 20, models, True)
-    figures, failures = gpu.collected(this, [])
+    kept: list[int] = []
+    figures, failures = gpu.collected(this, [], lambda figures, failures: kept.append(len(figures) + len(failures)))
+    assert kept == list(range(1, len(figures) + len(failures) + 1))
     assert set(failures) <= {f"{name} peers" for name in models}, failures
-    assert len([figure for figure in figures if "transformers" not in figure.name]) == 5 + 1 + 2 + 4
+    assert len([figure for figure in figures if "transformers" not in figure.name]) == 7 + 1 + 2 + 4
     assert all(figure.value > 0 for figure in figures)
     shown = gpu.table(gpu.written(this, figures, failures, {}))
     assert "| Qwen3-8B tiny decode, batch 8 / batch 1 | at least 6 |" in shown
+    assert "| Qwen3-8B tiny decode: host's time / token's time | at most 1 |" in shown
+
+
+@needs_gxx
+def test_what_a_token_asks_of_the_device() -> None:
+    """A layer more is as many launches more as it has; the host's time is taken once for each token."""
+    from tests.gpu.test_launches import DENSE, HEADS
+
+    be: Any = EmulatedBackend("bfloat16")
+
+    def watched(layers: int) -> gpu.Watch:
+        llm = gpu.random_model(be, gpu.QWEN3_8B | gpu.TINY | {"num_hidden_layers": layers}, "tiny")
+        with gpu.watching(be.device) as watch:
+            gpu.rate(gpu.Run(be, gpu.Machine(1.0, 1.0), 1, 8, 20, {}, True), llm, 1)
+        return watch
+
+    few, more = watched(1), watched(2)
+    assert more.launches - few.launches == len(HEADS + DENSE)
+    assert len(few.between) >= 8
+    assert min(few.between) > 0
+    assert "launch" not in vars(be.device)
+
+
+def test_a_run_that_is_ended_keeps_its_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One group fails, the next has a figure, and the one after it hangs until somebody ends the run."""
+    be = SimpleNamespace(device=SimpleNamespace(release=lambda: None), warm_up=lambda *args: None)
+
+    def failing(this: Any, llm: Any) -> Any:
+        raise ZeroDivisionError("no such kernel")
+
+    def hanging(this: Any, llm: Any) -> Any:
+        raise KeyboardInterrupt
+
+    def decoding(this: Any, llm: Any) -> Any:
+        yield Figure("tokens/s", 7.0, 1.0)
+
+    monkeypatch.setattr(gpu, "get_backend", lambda *args, **options: be)
+    monkeypatch.setattr(gpu, "measured", lambda be: gpu.Machine(1e12, 1e14))
+    monkeypatch.setattr(gpu, "gpu_about", lambda be: {})
+    monkeypatch.setattr(gpu, "random_model", lambda *args: SimpleNamespace(model=None))
+    for name, group in {"decode": failing, "host": decoding, "prefill": hanging}.items():
+        group.__name__ = name
+        monkeypatch.setattr(gpu, name, group)
+    out = tmp_path / "figures.json"
+    monkeypatch.setattr(sys, "argv", ["bench", "gpu", "--out", str(out)])
+    with pytest.raises(KeyboardInterrupt):
+        main()
+    found = json.loads(out.read_text())
+    assert [figure["name"] for figure in found["figures"]] == ["tokens/s"]
+    assert found["failures"] == {"Qwen3-0.6B decode": "ZeroDivisionError: no such kernel"}
 
 
 @needs_gxx

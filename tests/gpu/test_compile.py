@@ -1,4 +1,4 @@
-"""Every .cu file compiles for the GPUs that it is written for, and keeps to the registers of a thread."""
+"""Every .cu file compiles for the GPUs that it is written for, and fits into the registers of its threads."""
 
 from __future__ import annotations
 
@@ -42,11 +42,10 @@ def test_every_kernel_waits_for_its_inputs(file: str) -> None:
         assert not re.search(r"\breturn\b", body[: waits.start()]), body[:80]
 
 
-def keeps_to_registers(found: list[Usage]) -> None:
+def fits_registers(found: list[Usage]) -> None:
+    """The compiler gives a thread no more registers than a block of so many can have: what has no room is spilled."""
     assert found
-    for usage in found:
-        assert usage.registers <= 255, usage
-        assert usage.spilled <= SPILLED, usage
+    assert not [usage for usage in found if usage.spilled > SPILLED]
 
 
 @needs_compiler
@@ -54,7 +53,7 @@ def keeps_to_registers(found: list[Usage]) -> None:
 def test_a_file_compiles(file: str) -> None:
     """As Qwen3 in bf16 needs it, for one architecture: which one goes by the file, so that all have their turn."""
     number = list(VARIANTS).index(file)
-    keeps_to_registers(compiled(file, VARIANTS[file][0], ALL_ARCHITECTURES[number % len(ALL_ARCHITECTURES)]))
+    fits_registers(compiled(file, VARIANTS[file][0], ALL_ARCHITECTURES[number % len(ALL_ARCHITECTURES)]))
 
 
 @needs_compiler
@@ -63,4 +62,4 @@ def test_a_file_compiles(file: str) -> None:
 @pytest.mark.parametrize("file", VARIANTS)
 def test_every_variant(file: str, architecture: int) -> None:
     for macros in VARIANTS[file]:
-        keeps_to_registers(compiled(file, macros, architecture))
+        fits_registers(compiled(file, macros, architecture))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 import shutil
 import subprocess
+import sys
 import sysconfig
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +27,8 @@ from npllm.errors import BackendError
 from npllm.testing.conformance import conformity, trials
 from tests.gpu.emulator import EmulatedBackend, Emulator
 from tests.gpu.emulator.device import built
+
+ROOT = Path(__file__).parents[2]
 
 FAKE = Path(__file__).with_name("fake_cublaslt.cpp")
 
@@ -78,6 +83,35 @@ def test_a_library_that_does_not_work_here_is_none(status: int, monkeypatch: pyt
     monkeypatch.setattr(cublaslt, "find", lambda: library)
     assert cublaslt.load() is (None if status else library)
     assert len(destroyed) == 1 - status
+
+
+# Where the wheel of a package puts its libraries.
+PLACES = {"nvidia-cublas": ("nvidia/cu13/lib", "13"), "nvidia-cublas-cu12": ("nvidia/cublas/lib", "12")}
+
+FOUND = """
+import site, sys
+site.getsitepackages = lambda: [sys.argv[1]]
+from cuda.pathfinder import load_nvidia_dynamic_lib
+from npllm.backends.cupy_gpu import cublaslt
+print(load_nvidia_dynamic_lib("cublas").abs_path, load_nvidia_dynamic_lib("cublasLt").abs_path, cublaslt.find()._name)
+"""
+
+
+@pytest.mark.parametrize(("extra", "package"), [("cuda13", "nvidia-cublas"), ("cuda12", "nvidia-cublas-cu12")])
+def test_the_documented_install_brings_the_library(extra: str, package: str, tmp_path: Path) -> None:
+    """Ours, and that of CuPy's own products, which CuPy asks cuda.pathfinder for."""
+    pytest.importorskip("cuda.pathfinder")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert package in {re.split("[<>=]", each)[0] for each in extras[extra]}
+    place, version = PLACES[package]
+    folder = tmp_path / place
+    folder.mkdir(parents=True)
+    libraries = [folder / f"{name}.so.{version}" for name in ("libcublas", "libcublasLt")]
+    for library in libraries:
+        shutil.copy(built("cublaslt", FAKE.read_text()), library)
+    command = [sys.executable, "-c", FOUND, str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == [*map(str, libraries), str(libraries[1])]
 
 
 @functools.cache

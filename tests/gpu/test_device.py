@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import ctypes
+import functools
 import logging
 import re
 import shutil
@@ -146,6 +147,22 @@ def test_memory_that_runs_out_is_an_error_of_ours_and_is_given_back() -> None:
         with pytest.raises(type(other)), guard:
             raise other
     assert given_back == [True, True]
+
+
+def test_the_hosts_memory_that_runs_out_is_told_apart_from_the_gpus() -> None:
+    def alloc(error: str) -> Any:
+        raise RefusedError(error)
+
+    runtime = SimpleNamespace(CUDARuntimeError=RefusedError)
+    for error, kind, message in (
+        ("cudaErrorMemoryAllocation: out of memory", MemoryLimitError, r"the host has no 32 MiB that the GPU could reach"),
+        ("cudaErrorIllegalAddress", RefusedError, "cudaErrorIllegalAddress"),
+    ):
+        cupy = SimpleNamespace(cuda=SimpleNamespace(alloc_pinned_memory=lambda nbytes, e=error: alloc(e), runtime=runtime))
+        staging, landing = cuda.Staging(cupy, *cuda.LARGE), functools.partial(cuda.Landing, cupy, 32 << 20)
+        for asks in (staging._piece, landing, functools.partial(cuda.pinned, cupy, 32 << 20)):
+            with pytest.raises(kind, match=message):
+                asks()
 
 
 class Pending:
@@ -604,7 +621,7 @@ def test_auto_passes_over_a_gpu_that_cannot_have_the_weights(
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the kernels for the CPU, and is not installed")
 def test_the_emulator_notices_what_a_gpu_would_not() -> None:
-    """A barrier that some threads do not reach, numbers that nobody wrote, a NumPy array in a kernel's place."""
+    """A NumPy array in a kernel's place, numbers that nobody wrote, a product in a capture that CuPy has cuBLAS make."""
     from npllm.backends.cupy_gpu.device import Out
     from tests.gpu.emulator import Emulator
 
@@ -612,12 +629,19 @@ def test_the_emulator_notices_what_a_gpu_would_not() -> None:
     kernel = device.kernel("elementwise.cu", "halve", {})
     with pytest.raises(TypeError, match="not an array of the device"):
         device.launch(kernel, (1, 1, 1), 32, (np.zeros(3), Out(device.empty((3,), "float32"))))
+    with pytest.raises(ValueError, match="512 threads"):
+        device.launch(kernel, (1, 1, 1), 512, (device.empty((3,), "float32"), 3, Out(device.empty((3,), "uint16"))))
     assert np.isnan(device.download(device.empty((3,), "float32"))).all()
     x = device.upload(np.arange(3.0))
     with pytest.raises(TypeError, match="upload it"):
         x + np.arange(3.0)
     with pytest.raises(TypeError, match="download it"):
         x.__array__()
+    square = device.upload(np.eye(3))
+    for product in (lambda: square @ square, lambda: device.xp.matmul(square, square), lambda: np.dot(square, square)):
+        with pytest.raises(CannotCaptureError, match="cuBLAS"):
+            device.capture(product)
+        np.testing.assert_array_equal(device.download(product()), np.eye(3))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the kernels for the CPU, and is not installed")

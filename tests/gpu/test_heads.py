@@ -166,3 +166,14 @@ def test_a_norm_after_a_branch(kind: str, width: int) -> None:
         return be.to_numpy(be.add_normed(x, y, RMS(None, 1e-5) if kind == "unit" else of))
 
     agree(run(EmulatedBackend("float32")).astype(np.float64), run(Backend("float64")), "block")
+
+
+@pytest.mark.parametrize(("tokens", "streams", "width"), [(1, 4, 300), (3, 2, 5), (40, 3, 64)])
+def test_streams_are_predicted_from_all_of_them(tokens: int, streams: int, width: int) -> None:
+    dice = np.random.default_rng(streams)
+    x_MAD, mixing_MAA = (dice.standard_normal((tokens, streams, n)) for n in (width, streams))
+
+    def run(be: Backend) -> Array:
+        return be.to_numpy(be.altup_predict(*(be.asarray(each.astype(be.array_dtype)) for each in (x_MAD, mixing_MAA))))
+
+    agree(run(EmulatedBackend("float32", strict=True)).astype(np.float64), run(Backend("float64")), "block")

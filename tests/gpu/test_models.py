@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,13 +17,13 @@ if shutil.which("g++") is None:
     pytest.skip("g++ compiles the kernels for the CPU, and is not installed", allow_module_level=True)
 
 from npllm.backend import Backend, log_once
+from npllm.backends.cupy_gpu import base
 from npllm.backends.cupy_gpu.cache import DeviceCache
 from npllm.errors import MemoryLimitError, NumericsError
-from npllm.handles import Stack, Weight
 from npllm.llm import LLM
 from npllm.model import Model
 from npllm.models import interpret
-from npllm.weights import build_tree, random_weights
+from npllm.weights import build_tree, leaves, random_weights
 from tests.compare import agree
 from tests.export import CASES, ONE_OF_EACH, TRUTH
 from tests.gpu.emulator import EmulatedBackend, Emulator
@@ -147,6 +149,23 @@ def test_a_graph_serves_other_positions_and_a_cache_that_moves() -> None:
     assert [each.tokens for each in got] == [each.tokens for each in want]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_prompt_cache_is_saved_and_loaded(dtype: str, tmp_path: Path) -> None:
+    """Of a model with full and sliding layers: what follows is as if nothing had been saved."""
+    llm, prompt, file = random_model("gemma3_text", dtype), list(range(5, 45)), tmp_path / "prompt.safetensors"
+    options: dict[str, Any] = {"max_tokens": 6, "temperature": 0, "ignore_eos": True}
+    first = llm.prompt_cache()
+    wanted = llm.generate(prompt, cache=first, **options).tokens
+    first.save(file)
+    again = llm.prompt_cache()
+    again.load(file)
+    assert again.tokens == first.tokens
+    for name, values in first.cache.contents(first.slot).items():
+        np.testing.assert_array_equal(again.cache.contents(again.slot)[name], values, strict=True)
+    longer = [*prompt, *wanted, 7]
+    assert llm.generate(longer, cache=again, **options).tokens == llm.generate(longer, **options).tokens
+
+
 # -- faults ---------------------------------------------------------------------------------------------------------------
 
 
@@ -154,6 +173,46 @@ def test_logits_that_are_not_finite_end_the_generation() -> None:
     llm = random_model("qwen3")
     llm.model.weights.norm.weight[0] = np.float32("nan")
     with pytest.raises(NumericsError, match=r"not finite.*norm"):
+        llm.generate([5, 6, 7], max_tokens=4, ignore_eos=True)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_damage_is_looked_for_with_little_memory(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number of the last row, in a matrix that is looked at by the row."""
+    described = interpret(CONFIGS["qwen3"] | {"model_type": "qwen3", "tie_word_embeddings": tied}, "qwen3")
+    llm = LLM.random(described, EmulatedBackend("float32"))
+    matrix, device = getattr(llm.model.weights, "embed_tokens" if tied else "lm_head").weight, llm.backend.device
+    matrix.rows_of_bytes[-1, :4] = device.upload(np.array([np.nan], np.float32).view(np.uint8))
+    largest, empty = [0], Emulator.empty
+
+    def small(self: Emulator, shape: Any, dtype: Any) -> Any:
+        largest.append(math.prod(shape))
+        return empty(self, shape, dtype)
+
+    def looking(tree: Any) -> Any:
+        monkeypatch.setattr(Emulator, "empty", small)
+        return leaves(tree)
+
+    monkeypatch.setattr(base, "LOOKED_AT", 100)
+    monkeypatch.setattr("npllm.llm.leaves", looking)
+    with pytest.raises(NumericsError, match=r"not finite.*; (embed_tokens|lm_head)\.weight holds such numbers"):
+        llm.generate([5, 6, 7], max_tokens=4, ignore_eos=True)
+    assert 0 < max(largest) <= max(100, matrix.shape[1])
+
+
+def test_damage_that_cannot_be_looked_for_takes_nothing_from_the_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = random_model("qwen3")
+    llm.model.weights.norm.weight[0] = np.float32("nan")
+
+    def full(*args: Any) -> Any:
+        raise MemoryLimitError("the GPU's memory is full")
+
+    def looking(tree: Any) -> Any:
+        monkeypatch.setattr(Emulator, "empty", full)
+        return leaves(tree)
+
+    monkeypatch.setattr("npllm.llm.leaves", looking)
+    with pytest.raises(NumericsError, match=r"not finite[^;]*$"):
         llm.generate([5, 6, 7], max_tokens=4, ignore_eos=True)
 
 
@@ -198,12 +257,22 @@ def test_an_interrupt_between_steps_lets_the_graph_and_the_cache_go() -> None:
         gc.enable()
 
 
-def test_a_table_that_is_only_looked_up_takes_no_memory_of_the_device() -> None:
-    described = interpret(CONFIGS["gemma3n_text"] | {"model_type": "gemma3n_text"}, "gemma3n_text")
-    spec = described.architecture.weight_spec(described.config)
-    be = EmulatedBackend("float32")
-    handles = random_weights(spec)
-    table = next(name for name, tensor in spec.items() if tensor.part == "lookup")
-    whole = be.bytes_needed(handles.values())
-    assert isinstance(handles[table], Weight | Stack)
-    assert be.bytes_needed(handle for name, handle in handles.items() if name != table) == whole
+def test_a_table_that_is_only_looked_up_takes_no_memory_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was foretold of the device and of the host is what the prepared weights take there."""
+    monkeypatch.setattr(EmulatedBackend, "shared_device", Emulator())
+    llm = random_model("gemma3n_text")
+    device, handles = llm.backend.device, random_weights(llm.model.spec)
+    assert device.allotted == llm.backend.bytes_needed(handles.values())
+    assert device.pinned == llm.backend.pinned_bytes(handles.values())
+    assert device.pinned == sum(4 * tensor.size for tensor in llm.model.spec.values() if tensor.part == "lookup") > 0
+
+
+def test_a_table_that_the_host_has_no_room_for_is_refused_before_anything_is_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(EmulatedBackend, "shared_device", Emulator())
+    monkeypatch.setattr("npllm.model.available_memory", lambda: 1000)
+    with pytest.raises(MemoryLimitError, match=r"host's memory need \d+ MiB that cannot be swapped, 0 MiB is available"):
+        random_model("gemma3n_text")
+    assert EmulatedBackend("float32").device.allotted == 0  # type: ignore[attr-defined]
+    random_model("qwen3")

@@ -124,10 +124,10 @@ class DeviceArray(np.ndarray[Any, Any]):
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
         function = ufunc if method == "__call__" else getattr(ufunc, method)
-        return STREAM.do(reduced(function), inputs, kwargs)
+        return STREAM.do(as_cupy_has_it(function), inputs, kwargs)
 
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        return STREAM.do(reduced(function), args, kwargs)
+        return STREAM.do(as_cupy_has_it(function), args, kwargs)
 
     def __getitem__(self, index: Any) -> Any:
         part = plain(self)[plain(index)]
@@ -175,6 +175,10 @@ class DeviceArray(np.ndarray[Any, Any]):
     def __float__(self) -> float:
         return float(self.item())
 
+    @property
+    def ctypes(self) -> Any:
+        raise AttributeError("an array of CuPy's has no ctypes: download it")
+
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError("implicit conversion to a NumPy array is not allowed: download it")
 
@@ -184,10 +188,16 @@ def plain_checked(value: Any) -> Any:
     return plain(value)
 
 
-def reduced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, numbers that it gives as arrays without axes: CuPy's reductions give no numbers."""
+# What CuPy has cuBLAS do.
+PRODUCTS = (np.matmul, np.dot, np.vdot, np.inner, np.tensordot, np.einsum)
+
+
+def as_cupy_has_it(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Reductions give arrays without axes, not numbers; products of matrices cannot be captured."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        if STREAM.calls is not None and function in PRODUCTS:
+            raise CannotCaptureError(f"{function.__name__}: CuPy calls cuBLAS in no capture")
         result = function(*args, **kwargs)
         return np.asarray(result) if isinstance(result, np.generic) else result
 
@@ -203,7 +213,7 @@ class Module:
             return as_array
         if not callable(function):
             return function
-        return lambda *args, **kwargs: STREAM.do(reduced(function), args, kwargs)
+        return lambda *args, **kwargs: STREAM.do(as_cupy_has_it(function), args, kwargs)
 
 
 def as_array(x: Any, dtype: Any = None) -> Array:

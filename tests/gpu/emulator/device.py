@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -63,12 +65,31 @@ def built(name: str, text: str, *more: str) -> Path:
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
 
 
+# Threads of a block whose kernel does not say how many there are (`__launch_bounds__`): each may have been given 255 of a
+# multiprocessor's 65,536 registers.
+UNBOUNDED = 256
+
+
+@functools.cache
+def is_bounded(file: str, kernel: str) -> bool:
+    return re.search(rf"__launch_bounds__\([^)]*\) {kernel}\(", source(file)) is not None
+
+
 def allowed(device: Emulator, kernel: Kernel, grid: Grid, block: int, shared: int) -> None:
-    """ValueError for a launch that a GPU would refuse."""
+    """ValueError for a launch that a GPU would refuse, or might."""
     arrays = device.arrays.get((kernel.file, kernel.name, *kernel.defines), 0)
     sizes = all(0 < size <= most for size, most in zip(grid, LARGEST_GRID, strict=True))
-    if not (sizes and block in range(32, 1025, 32) and shared + arrays <= device.shared_limit):
+    most = 1024 if is_bounded(kernel.file, kernel.name) else UNBOUNDED
+    if not (sizes and block in range(32, most + 1, 32) and shared + arrays <= device.shared_limit):
         raise ValueError(f"{kernel.name} on a grid of {grid}, {block} threads, {shared} and {arrays} bytes each")
+
+
+def room_for(shape: tuple[int, ...], dtype: DTypeLike) -> DeviceArray:
+    """An array that nobody has written."""
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    room = np.full(size + ALIGNMENT, POISON, np.uint8)
+    begin = -room.ctypes.data % ALIGNMENT
+    return room[begin : begin + size].view(dtype).reshape(shape).view(DeviceArray)
 
 
 class Emulator(Device):
@@ -86,6 +107,8 @@ class Emulator(Device):
         runtime = (HERE / "runtime.cpp").read_text().replace('#include "cuda_on_cpu.h"', self.header)
         self.runtime = built("runtime", runtime)
         self.limit = memory
+        # Bytes that were asked for, of the device and of the host's pinned memory.
+        self.allotted = self.pinned = 0
         self.kernels: dict[tuple[Any, ...], Kernel] = {}
         self.compiled: set[tuple[Any, ...]] = set()
         # Bytes of shared memory that the kernels of a file have as arrays, by what they were compiled with.
@@ -95,11 +118,9 @@ class Emulator(Device):
         self.recording: list[Callable[[], None]] | None = None
 
     def empty(self, shape: Sequence[int], dtype: DTypeLike) -> Array:
-        shape = tuple(shape)
-        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        room = np.full(size + ALIGNMENT, POISON, np.uint8)
-        begin = -room.ctypes.data % ALIGNMENT
-        return room[begin : begin + size].view(dtype).reshape(shape).view(DeviceArray)
+        made = room_for(tuple(shape), dtype)
+        self.allotted += made.nbytes
+        return made
 
     def upload(self, array: Array) -> Array:
         STREAM.read("upload")
@@ -132,7 +153,11 @@ class Emulator(Device):
             self.launches.add(Moved(array, role))
 
     def mapped(self, array: Array) -> Array:
-        return self.upload(array)
+        STREAM.read("mapped")
+        made = room_for(array.shape, array.dtype)
+        plain(made)[...] = array
+        self.pinned += made.nbytes
+        return made
 
     def address(self, array: Array) -> int:
         if not isinstance(array, DeviceArray):
