@@ -32,6 +32,13 @@ D, F = 512, 6048
 
 THREADS = (1, 2, 5)
 
+# What each run does of all formats in both arithmetics.
+OFTEN = {("f32", "float32"), ("bf16", "stored"), ("f8_e4m3", "float32"), ("q8", "stored"), ("q4", "stored")}
+CASES = [
+    pytest.param(*case, marks=() if case in OFTEN else pytest.mark.full)
+    for case in itertools.product(("f32", "f16", "bf16", "f8_e4m3", "q8", "q4"), ("float32", "stored"))
+]
+
 
 def normal(*shape: int) -> Array:
     return DICE.standard_normal(shape).astype(np.float32)
@@ -91,8 +98,7 @@ def crowd(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("crowd")
-@pytest.mark.parametrize("dtype", ["float32", "stored"])
-@pytest.mark.parametrize("format", ["f32", "f16", "bf16", "f8_e4m3", "q8", "q4"])
+@pytest.mark.parametrize(("format", "dtype"), CASES)
 def test_every_row_is_somebodys(format: str, dtype: str) -> None:
     """Any number of threads makes the same bits; they are what the canon makes, but for what the arithmetic rounds."""
     for name, w in bundles(format).items():
