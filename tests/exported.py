@@ -14,7 +14,7 @@ from npllm.cache import LayerCache, LayerSpec, Rows
 from npllm.handles import Stack, Weight
 from npllm.latent import LATENT_EPS, query_weights
 from npllm.models import interpret
-from npllm.weights import Experts, Gate, GatedFFN, LatentKV, Linear
+from npllm.weights import MLP, Experts, Gate, GatedFFN, LatentKV, Linear
 from tests.export import TRUTH, stale
 
 Parameters = dict[str, Any]
@@ -61,6 +61,24 @@ def lookup(file: str, case: str, dtype: str) -> tuple[Parameters, Tensors, str]:
 
 
 # -- operations on a file's inputs --------------------------------------------------------------------------------------
+
+
+def feed_forward(case: str, t: Tensors) -> MLP | GatedFFN:
+    """The layer of a case of `ffn`, in arrays; GPT-2's matrices are stored transposed."""
+
+    def linear(name: str) -> Linear:
+        weight = t[f"{name}.weight"]
+        return Linear(weight.T if case == "gelu" else weight, t.get(f"{name}.bias"))
+
+    if case == "gelu":
+        return MLP(linear("c_fc"), linear("c_proj"))
+    return GatedFFN(linear("gate_proj"), linear("up_proj"), linear("down_proj"))
+
+
+def fed_forward(be: Backend, w: MLP | GatedFFN, x_MD: Array, residual_MD: Array) -> Array:
+    if isinstance(w, MLP):
+        return be.mlp(x_MD, w, "gelu_new", residual_MD=residual_MD)
+    return be.gated_ffn(x_MD, w, "silu", residual_MD=residual_MD)
 
 
 def prepared(be: Backend, bundle: Any) -> Any:

@@ -18,9 +18,9 @@ from npllm.blocks.rope import yarn_attention_factor
 from npllm.cache import Cache, Keys, LayerSpec, Rows
 from npllm.config import Reader, read_rope
 from npllm.testing.compare import unmodified
-from npllm.weights import MLP, GatedFFN, Linear
+from npllm.weights import Linear
 from tests.compare import agree
-from tests.exported import FILES, both_dtypes, cases_of, lookup
+from tests.exported import FILES, both_dtypes, cases_of, fed_forward, feed_forward, lookup
 from tests.strict import STRICT, StrictBackend
 
 pytestmark = pytest.mark.usefixtures("checked_shapes")
@@ -423,18 +423,9 @@ def test_activations(xp: Any, case: str, dtype: str) -> None:
 @cases_of("ffn")
 def test_ffn(be: Backend, file: str, case: str, dtype: str) -> None:
     _, t, limit = lookup(file, case, dtype)
-
-    def linear(name: str) -> Linear:
-        weight = t[f"{name}.weight"]
-        return Linear(weight.T if case == "gelu" else weight, t.get(f"{name}.bias"))
-
     residual_MD = t["x"][::-1].copy()
     with unmodified(*t.values(), residual_MD):
-        if case == "gelu":
-            y_MD = be.mlp(t["x"], MLP(linear("c_fc"), linear("c_proj")), "gelu_new", residual_MD=residual_MD)
-        else:
-            w = GatedFFN(linear("gate_proj"), linear("up_proj"), linear("down_proj"))
-            y_MD = be.gated_ffn(t["x"], w, "silu", residual_MD=residual_MD)
+        y_MD = fed_forward(be, feed_forward(case, t), t["x"], residual_MD)
     agree(y_MD, residual_MD + t["y"], limit)
 
 

@@ -10,9 +10,9 @@ pytest.importorskip("numba")
 
 from npllm import blocks
 from npllm.backends.numba_cpu.backend import NumbaBackend
-from npllm.weights import MLP, GatedFFN, Linear
+from npllm.weights import Linear
 from tests.compare import agree
-from tests.exported import FILES, cases_of, lookup, prepared
+from tests.exported import FILES, cases_of, fed_forward, feed_forward, lookup, prepared
 from tests.test_blocks import rope_of
 from tests.test_fp8 import BLOCKED, weight
 
@@ -45,17 +45,7 @@ def test_rotations(file: str, case: str) -> None:
 def test_feed_forward_layers(file: str, case: str) -> None:
     _, t, limit = lookup(file, case, "float32")
     residual_MD = t["x"][::-1].copy()
-
-    def linear(name: str) -> Linear:
-        weight = t[f"{name}.weight"]
-        return Linear(np.ascontiguousarray(weight.T) if case == "gelu" else weight, t.get(f"{name}.bias"))
-
-    if case == "gelu":
-        w = prepared(BE, MLP(linear("c_fc"), linear("c_proj")))
-        y_MD = BE.mlp(t["x"], w, "gelu_new", residual_MD=residual_MD)
-    else:
-        w = prepared(BE, GatedFFN(linear("gate_proj"), linear("up_proj"), linear("down_proj")))
-        y_MD = BE.gated_ffn(t["x"], w, "silu", residual_MD=residual_MD)
+    y_MD = fed_forward(BE, prepared(BE, feed_forward(case, t)), t["x"], residual_MD)
     agree(y_MD, residual_MD + t["y"], limit)
 
 
