@@ -17,8 +17,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from npllm import blocks
-from npllm.backends.numba_cpu.jit import inline
 from npllm.backends.numba_cpu.memory import f32
+from npllm.backends.numba_cpu.team import called
 from npllm.backends.numba_cpu.vectors import I32, Emit
 from npllm.blocks.ffn import FITTED, NO_TAIL, TERMS, Activation, _log_tail
 
@@ -230,8 +230,8 @@ def relu(typingctx, x):
     return _of_one(emit_relu)
 
 
-@inline
-def activate(act, place, count):
+@called
+def activate(team, act, place, count):
     """An activation, by its number, on `count` numbers in place."""
     x = f32(place, count)
     if act == SILU:

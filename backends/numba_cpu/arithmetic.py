@@ -6,6 +6,7 @@ from npllm.backends.numba_cpu.integers import quantise
 from npllm.backends.numba_cpu.jit import PATH, inline
 from npllm.backends.numba_cpu.memory import f32
 from npllm.backends.numba_cpu.source import PAIRS, round_row, rounded
+from npllm.backends.numba_cpu.team import called
 
 # Arithmetic: float32 products and sums; products of bf16, float32 sums; of q8 and q4, products of integers
 # (npllm.backends.numba_cpu.integers), or, with many tokens on a CPU that multiplies no bytes, those of `panelled`.
@@ -29,8 +30,8 @@ def before_panels(arithmetic):
     return FLOAT32 if panelled(arithmetic) == INT8 else panelled(arithmetic)
 
 
-@inline
-def prepare_row(place, width, arithmetic):
+@called
+def prepare_row(team, place, width, arithmetic):
     """Round float32 numbers in place as the arithmetic asks."""
     if arithmetic == INT8:
         quantise(place, width)

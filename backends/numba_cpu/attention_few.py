@@ -63,7 +63,7 @@ def attend_few(args, team, thread, threads):
                 _attend(args, team, line, row, lanes, group, split, before, scratch(team, thread))
                 if splits == 1:
                     for lane in range(lanes):
-                        combine_lane(args, line, before, lane, group)
+                        combine_lane(team, args, line, before, lane, group)
                 chunk = next_chunk(team)
             base += groups * splits
         if lanes <= SPLIT_LANES:

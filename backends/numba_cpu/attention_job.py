@@ -13,7 +13,7 @@ import numpy as np
 from npllm.backends.numba_cpu.activations import exp, tanh
 from npllm.backends.numba_cpu.jit import inline, kernel
 from npllm.backends.numba_cpu.memory import f32, real, word
-from npllm.backends.numba_cpu.team import next_chunk
+from npllm.backends.numba_cpu.team import called, next_chunk
 
 # Words of the arguments: the plan (npllm.backends.numba_cpu.base) and its rows; query heads, key heads, widths of keys and
 # of values; queries [M, H, K] and output [M, H, V]; where keys lie and how many bytes apart slots, entries and heads are;
@@ -137,14 +137,14 @@ def combine(args, team, thread, threads):
         count = 0 if lanes < FEW and splits_in(line) == 1 else lanes * word(args, GROUPS)
         while chunk - base < count:
             token, head = (chunk - base) // heads, (chunk - base) % heads
-            combine_lane(args, line, before, token * per + head % per, head // per)
+            combine_lane(team, args, line, before, token * per + head % per, head // per)
             chunk = next_chunk(team)
         base += count
         before += lanes
 
 
-@inline
-def combine_lane(args, line, before, lane, group):
+@called
+def combine_lane(team, args, line, before, lane, group):
     """The output of a lane, from its records."""
     heads, per, width = word(args, HEADS), word(args, HEADS) // word(args, GROUPS), word(args, VALUE_WIDTH)
     token, head = word(line, QUERY) + lane // per, group * per + lane % per

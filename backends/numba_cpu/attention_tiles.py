@@ -56,18 +56,14 @@ from npllm.backends.numba_cpu.attention_vectors import (
 )
 from npllm.backends.numba_cpu.jit import inline, kernel
 from npllm.backends.numba_cpu.memory import f32, i32, real, u16, u32, word
-from npllm.backends.numba_cpu.panels import NARROW, TILE_WIDTH, WIDE, clear, panel_width, turned
+from npllm.backends.numba_cpu.panels import WIDE, clear, panel_width, turned
 from npllm.backends.numba_cpu.source import PAIRS, bf16, round_row
 from npllm.backends.numba_cpu.team import SCRATCH_BYTES, next_chunk, scratch
-from npllm.backends.numba_cpu.tiles import TILE_ROWS
+from npllm.backends.numba_cpu.tiles import TILE_ROWS, spread
 from npllm.backends.numba_cpu.vectors import (
     CACHE_LINE,
     LANES,
     from_bits,
-    tile_narrow,
-    tile_narrow_pairs,
-    tile_wide,
-    tile_wide_pairs,
 )
 
 # Lanes of a unit of work, and keys of a block: whole tiles, and so few that they stay in the cache from scores to values.
@@ -121,7 +117,7 @@ def attend_tiles(args, team, thread, threads):
         row = rows - 1 - back
         own = _units(args, row)
         while chunk - base < own:
-            _attend(args, row, own - 1 - (chunk - base), scratch(team, thread))
+            _attend(args, team, row, own - 1 - (chunk - base), scratch(team, thread))
             chunk = next_chunk(team)
         base += own
 
@@ -144,7 +140,7 @@ def _units(args, row):
 
 
 @inline
-def _attend(args, row, unit, space):
+def _attend(args, team, row, unit, space):
     """One unit: UNIT lanes of a row and key head, and a split of the keys or all of them."""
     line, groups = _line(args, row), word(args, GROUPS)
     lanes, splits = lanes_of(args, line), _splits(args, line)
@@ -164,7 +160,7 @@ def _attend(args, row, unit, space):
         _open(args, line, group, lane, end, wide, apart, places, lane - begin)
         lane += wide
     for key in range(near, far, BLOCK):
-        _meet(args, line, row, group, begin, end, key, min(far, key + BLOCK), far, places)
+        _meet(args, team, line, row, group, begin, end, key, min(far, key + BLOCK), far, places)
     lane = begin
     while lane < end:
         wide = panel_width(lane, end)
@@ -255,7 +251,7 @@ def _lanes_before(args, row):
 
 
 @inline
-def _meet(args, line, row, group, begin, end, key, stop, far, places):
+def _meet(args, team, line, row, group, begin, end, key, stop, far, places):
     """All panels of lanes begin..end meet the keys key..stop, those of a block; the next one's are fetched meanwhile."""
     width, pairs = word(args, VALUE_WIDTH), PAIRS and word(args, PAIRED)
     k, k_row = _keys(args, line, row, group, key, stop, places[BLOCK_KEYS])
@@ -276,19 +272,20 @@ def _meet(args, line, row, group, begin, end, key, stop, far, places):
         far = min(stop, _seen(args, line, min(lane + wide, end) - 1)[1])
         if near < far:
             first, values = k + (near - key) * k_row, v + (near - key) // per_row * v_row
-            count = _soft_tile(args, line, first, k_row, near, far, lane, end, wide, offset, ahead, places)
+            count = _soft_tile(args, team, line, first, k_row, near, far, lane, end, wide, offset, ahead, places)
             sums = places[SUMS] + offset * _rows_of_sums(width) * 4
-            beside = values + CACHE_LINE, 4, v_row
-            spread(values, 4, v_row, width, places[TILE], wide, count, sums, 1, pairs, beside)
+            beside, row = values + CACHE_LINE, wide * 4
+            spread(team, values, 4, v_row, width, places[TILE], wide, count, sums, row, 1, pairs, beside, 4, v_row)
         lane += wide
 
 
 @inline
-def _soft_tile(args, line, k, k_row, near, far, lane, end, wide, offset, ahead, places):
+def _soft_tile(args, team, line, k, k_row, near, far, lane, end, wide, offset, ahead, places):
     """The tile of exponentials of keys near..far, which lie at `k`, with a panel -> its rows of numbers, or of pairs."""
     pairs, tile, count = PAIRS and word(args, PAIRED), places[TILE], far - near
     queries = places[PANELS] + offset * word(args, KEY_WIDTH) * 4
-    spread(k, k_row, 4, count, queries, wide, _steps(args), tile, 0, pairs, ahead)
+    then, then_row, then_step = ahead
+    spread(team, k, k_row, 4, count, queries, wide, _steps(args), tile, wide * 4, 0, pairs, then, then_row, then_step)
     if real(args, CAP) != 0:
         capped(args, tile, count * wide, np.float32(real(args, SCALE)))
     last = min(lane + wide, end) - 1
@@ -317,31 +314,6 @@ def _soften(tile, wide, count, first, state, edge, sums, width, pairs):
         if rises:
             scale(sums + column, row, width, state + column)
     return even // 2 if pairs else count
-
-
-@inline
-def spread(a, a_row, a_step, rows, b, wide, count, c, add, pairs, ways):
-    """c[rows, wide] (+)= a[rows, count] b[count, wide] with `a` spread over the lanes.
-
-    Up to OVERHANG rows may be written behind the last of c. Numbers of `a` lie at `a + row a_row + step a_step`; with
-    `pairs` both are pairs of bf16. `ways` says what to fetch meanwhile, as in npllm.backends.numba_cpu.tiles.
-    """
-    row, (ahead, ahead_row, ahead_step) = wide * 4, ways
-    if wide == WIDE or TILE_WIDTH <= NARROW:
-        for column in range(0, row, TILE_WIDTH * 4):
-            for n in range(0, rows, TILE_ROWS):
-                at, to, last, then = a + n * a_row, c + n * row + column, rows - n - 1, ahead + n * ahead_row
-                if PAIRS and pairs:
-                    tile_wide_pairs(at, a_row, a_step, last, b + column, row, count, to, row, add, then, ahead_step)
-                else:
-                    tile_wide(at, a_row, a_step, last, b + column, row, count, to, row, add, then, ahead_step)
-        return
-    for n in range(0, rows, 2 * TILE_ROWS):
-        at, to, last, then = a + n * a_row, c + n * row, rows - n - 1, ahead + n * ahead_row
-        if PAIRS and pairs:
-            tile_narrow_pairs(at, a_row, a_step, last, b, row, count, to, row, add, then, ahead_step)
-        else:
-            tile_narrow(at, a_row, a_step, last, b, row, count, to, row, add, then, ahead_step)
 
 
 @inline

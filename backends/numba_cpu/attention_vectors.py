@@ -18,9 +18,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from npllm.backends.numba_cpu.activations import emit_exp, emit_weight
-from npllm.backends.numba_cpu.jit import called, inline
-from npllm.backends.numba_cpu.memory import call
-from npllm.backends.numba_cpu.team import function_at
+from npllm.backends.numba_cpu.team import called
 from npllm.backends.numba_cpu.vectors import (
     CACHE_LINE,
     F32,
@@ -35,9 +33,6 @@ from npllm.backends.numba_cpu.vectors import (
     rows_of,
     widened,
 )
-
-# The places of `score` and `weigh` among the functions that kernels call.
-SCORE, WEIGH = 2, 3
 
 # Rows of the state of a panel of lanes: the number that scores are taken relative to, the sum of their exponentials, what
 # earlier sums were last multiplied by; what products are multiplied by to be scores; and the range of keys that the lane
@@ -350,14 +345,9 @@ def scale(typingctx, x, row, count, state):
     return emitting(types.void, 4, _scale)
 
 
-@inline
+@called
 def score(team, bits, k, k_row, count, q, q_row, queries, out, out_row, width):
     """out[h, j] = q[h] k[j] for some queries and `count` keys, float32 or bf16 bits; rows are so many bytes apart."""
-    call(function_at(team, SCORE), (bits, k, k_row, count, q, q_row, queries, out, out_row, width))
-
-
-@called(SCORE, 10)
-def _score_all(bits, k, k_row, count, q, q_row, queries, out, out_row, width):
     h = 0
     while h < queries:
         at, last = out + h * out_row, queries - h - 1
@@ -372,14 +362,9 @@ def _score_all(bits, k, k_row, count, q, q_row, queries, out, out_row, width):
         h += 4 if last > 1 else 2
 
 
-@inline
+@called
 def weigh(team, bits, v, v_row, count, p, p_row, queries, out, out_row, width):
     """out[h] += sum over j of p[h, j] v[j] for some queries and `count` values [width], float32 or bf16 bits."""
-    call(function_at(team, WEIGH), (bits, v, v_row, count, p, p_row, queries, out, out_row, width))
-
-
-@called(WEIGH, 10)
-def _weigh_all(bits, v, v_row, count, p, p_row, queries, out, out_row, width):
     h = 0
     while h < queries:
         at, last = out + h * out_row, queries - h - 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from npllm.backends.numba_cpu.arithmetic import BFLOAT16, FLOAT32, INT8
 from npllm.backends.numba_cpu.integers import abreast_q4, abreast_q8, dots_q4, dots_q8, twos_q4, twos_q8
-from npllm.backends.numba_cpu.jit import called, inline
+from npllm.backends.numba_cpu.jit import inline
 from npllm.backends.numba_cpu.matrix import (
     BF16,
     BLOCK_COLUMNS,
@@ -18,10 +18,10 @@ from npllm.backends.numba_cpu.matrix import (
     Q8,
     ROW_BYTES,
 )
-from npllm.backends.numba_cpu.memory import call, f32, word
+from npllm.backends.numba_cpu.memory import f32, word
 from npllm.backends.numba_cpu.rows import factors_at, fill_rows, row_at
 from npllm.backends.numba_cpu.source import PAIRS
-from npllm.backends.numba_cpu.team import function_at
+from npllm.backends.numba_cpu.team import called
 from npllm.backends.numba_cpu.vectors import (
     ABREAST,
     MORE,
@@ -41,9 +41,6 @@ from npllm.backends.numba_cpu.vectors import (
     more_dots_f32,
     more_dots_pairs,
 )
-
-# The places of `_multiply_rows` and `_multiply_places` among the functions that kernels call.
-MULTIPLY_ROWS, MULTIPLY_PLACES = 1, 4
 
 # Rows of weights that lie as pairs of bf16, beside storage formats.
 PAIRED = -1
@@ -77,22 +74,35 @@ def multiply_rows(team, matrix, begin, end, x, x_row, tokens, arithmetic, room, 
         apart = (end - begin + ABREAST - 1) // ABREAST
         multiply_places(team, matrix, begin, end, apart, apart, x, arithmetic, room, out, apart * 4)
     else:
-        call(function_at(team, MULTIPLY_ROWS), (matrix, begin, end, x, x_row, tokens, arithmetic, room, out))
+        multiply_few_rows(team, matrix, begin, end, x, x_row, tokens, arithmetic, room, out)
 
 
-@inline
+@called
 def multiply_places(team, matrix, begin, end, apart, count, x, arithmetic, room, out, out_apart):
     """Rows of a matrix in ABREAST places, `count` of each, times one row of prepared activations.
 
     Place p begins with row `begin + p apart`, of which there are none from `end` on; its products lie side by side at
-    `out + p out_apart`. `room` has space for a row of float32.
+    `out + p out_apart`. A token meets a row of each place at once; or one row, where that has to be widened first, for which
+    `room` has space.
     """
-    arguments = matrix, begin, end, apart, count, x, arithmetic, room, out, out_apart
-    call(function_at(team, MULTIPLY_PLACES), arguments)
+    kind = word(matrix, FORMAT)
+    if kind == F8 or (kind >= Q8 and arithmetic != INT8) or (kind in (F32, F16) and arithmetic == BFLOAT16):
+        for place in range(ABREAST):
+            first = begin + place * apart
+            y = f32(out + place * out_apart, count)
+            for i in range(min(count, end - first)):
+                y[i] = _dot(team, matrix, first + i, x, arithmetic, room)
+        return
+    i = 0
+    while i < min(count, end - begin):
+        last = min(ABREAST - 1, (end - 1 - begin - i) // apart)
+        times = min(count, end - begin - last * apart) - i
+        _multiply_abreast(matrix, begin + i, times, apart, last, x, arithmetic, out + i * 4, out_apart)
+        i += times
 
 
-@called(MULTIPLY_ROWS, 9)
-def _multiply_rows(matrix, begin, end, x, x_row, tokens, arithmetic, room, out):
+@called
+def multiply_few_rows(team, matrix, begin, end, x, x_row, tokens, arithmetic, room, out):
     """Two rows meet SEVERAL tokens at once, one of each half: each is read ahead where no other lies on its page."""
     width, out_row, half = word(matrix, COLUMNS), together(tokens) * 4, (end - begin + 1) // 2
     if arithmetic == INT8:
@@ -101,7 +111,7 @@ def _multiply_rows(matrix, begin, end, x, x_row, tokens, arithmetic, room, out):
     elif tokens <= SEVERAL:
         for n in range(begin, begin + half):
             last, to = 1 if n + half < end else 0, out + (n - begin) * out_row
-            row, step, kind = _ready(matrix, n, half, last, arithmetic, room)
+            row, step, kind = _ready(team, matrix, n, half, last, arithmetic, room)
             if PAIRS and kind == PAIRED:
                 dots_pairs(row, step, last, x, x_row, tokens - 1, width, to, half * out_row)
             elif kind == BF16:
@@ -110,27 +120,8 @@ def _multiply_rows(matrix, begin, end, x, x_row, tokens, arithmetic, room, out):
                 dots_f32(row, step, last, x, x_row, tokens - 1, width, to, half * out_row)
     else:
         for n in range(begin, end):
-            row, _, kind = _ready(matrix, n, 0, 0, arithmetic, room)
+            row, _, kind = _ready(team, matrix, n, 0, 0, arithmetic, room)
             _multiply_more(row, x, x_row, tokens, width, kind, out + (n - begin) * out_row)
-
-
-@called(MULTIPLY_PLACES, 10)
-def _multiply_places(matrix, begin, end, apart, count, x, arithmetic, room, out, out_apart):
-    """A token meets a row of each place at once; or one row, where that has to be widened first."""
-    kind = word(matrix, FORMAT)
-    if kind == F8 or (kind >= Q8 and arithmetic != INT8) or (kind in (F32, F16) and arithmetic == BFLOAT16):
-        for place in range(ABREAST):
-            first = begin + place * apart
-            y = f32(out + place * out_apart, count)
-            for i in range(min(count, end - first)):
-                y[i] = _dot(matrix, first + i, x, arithmetic, room)
-        return
-    i = 0
-    while i < min(count, end - begin):
-        last = min(ABREAST - 1, (end - 1 - begin - i) // apart)
-        times = min(count, end - begin - last * apart) - i
-        _multiply_abreast(matrix, begin + i, times, apart, last, x, arithmetic, out + i * 4, out_apart)
-        i += times
 
 
 @inline
@@ -157,7 +148,7 @@ def _multiply_abreast(matrix, n, times, apart, last, x, arithmetic, out, out_apa
 
 
 @inline
-def _dot(matrix, n, x, arithmetic, room):
+def _dot(team, matrix, n, x, arithmetic, room):
     """Row n of a matrix times prepared activations, where rows are widened first; `room` has space for one."""
     kind, width, row = word(matrix, FORMAT), word(matrix, COLUMNS), row_at(matrix, n)
     if kind == F8:
@@ -165,7 +156,7 @@ def _dot(matrix, n, x, arithmetic, room):
         if PAIRS and arithmetic == BFLOAT16:
             return dot_f8_bf16(row, x, width, factors, block, origin)
         return dot_f8(row, x, width, factors, block, origin)
-    row, _, _ = _ready(matrix, n, 0, 0, arithmetic, room)
+    row, _, _ = _ready(team, matrix, n, 0, 0, arithmetic, room)
     return dot_pairs(row, x, width) if PAIRS and arithmetic == BFLOAT16 else dot_f32(row, x, width)
 
 
@@ -199,7 +190,7 @@ def _multiply_integers(matrix, n, x, x_row, tokens, out):
 
 
 @inline
-def _ready(matrix, n, step, last, arithmetic, room):
+def _ready(team, matrix, n, step, last, arithmetic, room):
     """Where row n, and if `last` is 1 row n + step, lie as the arithmetic multiplies them: in their place, or widened in
     `room`; how many bytes apart; and as what: float32 (F32), bf16 (BF16), or pairs that meet pairs of activations (PAIRED).
     """
@@ -209,5 +200,6 @@ def _ready(matrix, n, step, last, arithmetic, room):
     room_row = prepared_row(word(matrix, COLUMNS), FLOAT32)
     for i in range(last + 1):
         at = n + i * step
-        fill_rows(matrix, at, at + 1, 0, word(matrix, COLUMNS), arithmetic == BFLOAT16, room + i * room_row, 0)
+        width, rounds = word(matrix, COLUMNS), arithmetic == BFLOAT16
+        fill_rows(team, matrix, at, at + 1, 0, width, rounds, room + i * room_row, 0)
     return room, room_row, PAIRED if pairs else F32

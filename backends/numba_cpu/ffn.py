@@ -48,8 +48,8 @@ def hidden_few(args, team, thread, threads):
     tokens, width, gate = word(args, COUNT), word(args, WIDTH), word(layer, GATE)
     space, row_bytes = scratch(team, thread), row_room(width)
     for m in range(tokens):
-        read_row(args, m, space + m * row_bytes)
-        prepare_row(space + m * row_bytes, width, arithmetic)
+        read_row(team, args, m, space + m * row_bytes)
+        prepare_row(team, space + m * row_bytes, width, arithmetic)
     rows, places, room = word(gate, ROWS), ABREAST if tokens == 1 else 1, space + tokens * row_bytes
     words = arithmetic, word(layer, ACT), gate, word(layer, GATE_BIAS), word(layer, UP), word(layer, UP_BIAS)
     apart = rows_of_place(rows, places, threads)
@@ -98,7 +98,7 @@ def hidden_rows(team, layer, begin, end, x, x_row, tokens, room, out, out_row):
                     value = product[i, m] + bias_of(bias, first + i)
                     y[i] = y[i] * value if part else value
                 if part == 0:
-                    activate(act, to + m * out_row, count)
+                    activate(team, act, to + m * out_row, count)
 
 
 @inline
@@ -117,7 +117,7 @@ def _hidden_places(team, layer, begin, end, apart, count, x, room, out):
         y = f32(at, min(count, end - first))
         for i in range(y.size):
             y[i] += bias_of(layer[GATE_BIAS], first + i)
-        activate(act, at, y.size)
+        activate(team, act, at, y.size)
         if up:
             for i in range(y.size):
                 y[i] *= product[i] + bias_of(layer[UP_BIAS], first + i)
@@ -186,7 +186,7 @@ def _hidden_block(team, layer, begin, end, panels, tokens, first, last, space, b
                 for i in range(count):
                     gated[i] *= y[i]
             else:
-                activate(layer[ACT], place, count)
+                activate(team, layer[ACT], place, count)
 
 
 @inline

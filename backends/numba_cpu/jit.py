@@ -131,17 +131,12 @@ def kernel(form: str) -> Callable[[Callable[[int, int, int, int], None]], Kernel
 class Called(Compiled):
     """A function that kernels call by its address, so that it is compiled once and not into each of them."""
 
-    # All that there are, in the places at which a team keeps their addresses.
-    places: dict[int, Called] = {}  # noqa: RUF012 (it is meant to be shared)
+    # All that there are.
+    all: list[Called] = []  # noqa: RUF012 (it is meant to be shared)
 
-    def __init__(self, function: Callable[..., None], place: int, arguments: int) -> None:
-        super().__init__(function, types.void(*[types.intp] * arguments))
-        self.places[place] = self
-
-
-def called(place: int, arguments: int) -> Callable[[Callable[..., None]], Called]:
-    """Decorate a function of so many integers; kernels call it with `call(function_at(team, place), its arguments)`."""
-    return functools.partial(Called, place=place, arguments=arguments)
+    def __init__(self, function: Callable[..., None]) -> None:
+        super().__init__(function, types.void(*[types.intp] * function.__code__.co_argcount))
+        self.all.append(self)
 
 
 def native(arguments: int) -> Callable[[Any], Any]:
@@ -159,4 +154,4 @@ def native(arguments: int) -> Callable[[Any], Any]:
 
 def inline(function: Any) -> Any:
     """Decorate a function that kernels call."""
-    return numba.njit(**OPTIONS)(function)
+    return numba.njit(**OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)

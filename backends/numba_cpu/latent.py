@@ -50,7 +50,7 @@ def norm_and_turn(args, team, thread, threads):
             break
         for m in range(begin, min(tokens, begin + TOKENS)):
             place = out + m * (width + tail) * 4
-            read_row(args, m, place)
+            read_row(team, args, m, place)
             k, turned = f32(word(args, 0) + m * word(args, 1) + width * 4, tail), f32(place + width * 4, tail)
             cos, sin = f32(cosines + m * count * 4, count), f32(sines + m * count * 4, count)
             if interleaved:
@@ -102,7 +102,7 @@ def absorb(args, team, thread, threads):
         step = max(1, WIDENED // (latent * 4))
         for row in range(0, nope, step):
             stop = min(nope, row + step)
-            weights, apart, halves = _rows(args, head, row, stop, space)
+            weights, apart, halves = _rows(team, args, head, row, stop, space)
             q, out = _read(args, begin, head) + row * 4, _written(args, begin, head)
             q_step, out_step = _step(args, READ_WIDTH), _step(args, WRITTEN_WIDTH)
             weigh(team, halves, weights, apart, stop - row, q, q_step, end - begin, out, out_step, latent)
@@ -121,7 +121,7 @@ def unabsorb(args, team, thread, threads):
             break
         for row in range(0, width, step):
             stop = min(width, row + step)
-            weights, apart, halves = _rows(args, head, nope + row, nope + stop, space)
+            weights, apart, halves = _rows(team, args, head, nope + row, nope + stop, space)
             o, o_step = _read(args, begin, head), _step(args, READ_WIDTH)
             score(team, halves, weights, apart, stop - row, o, o_step, end - begin, room, row_bytes, latent)
             for m in range(begin, end):
@@ -155,14 +155,14 @@ def _written(args, m, head):
 
 
 @inline
-def _rows(args, head, begin, end, room):
+def _rows(team, args, head, begin, end, room):
     """Rows of a head's part of the matrix, how many bytes apart, and whether they are bf16 bits, else float32."""
     matrix = word(args, MATRIX)
     first, apart = head * (word(matrix, ROWS) // word(args, HEADS)), word(matrix, ROW_BYTES)
     kind, width = word(matrix, FORMAT), word(matrix, COLUMNS)
     if kind in (F32, BF16):
         return word(matrix, DATA) + (first + begin) * apart, apart, kind == BF16
-    fill_rows(matrix, first + begin, first + end, 0, width, False, room, width * 4)
+    fill_rows(team, matrix, first + begin, first + end, 0, width, False, room, width * 4)
     return room, width * 4, False
 
 

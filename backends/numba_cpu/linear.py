@@ -95,8 +95,8 @@ def multiply_few(args, team, thread, threads):
     tokens, width = word(args, COUNT), word(args, WIDTH)
     space, row_bytes = scratch(team, thread), prepared_row(width, arithmetic)
     for m in range(tokens):
-        read_row(args, m, space + m * row_bytes)
-        prepare_row(space + m * row_bytes, width, arithmetic)
+        read_row(team, args, m, space + m * row_bytes)
+        prepare_row(team, space + m * row_bytes, width, arithmetic)
     places, dealt, chunk = ABREAST if tokens == 1 else 1, 0, next_chunk(team)
     for i in range(count):
         output = args + 8 * (SOURCE_WORDS + 2 + i * OUTPUT_WORDS)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -115,18 +118,25 @@ def call_kernel(typingctx, address, args, team, thread, threads):
     return types.void(*[types.intp] * 5), codegen
 
 
-@intrinsic
-def call(typingctx, address, arguments):
-    """Call the function at `address` with a tuple of integers."""
+def calling(function: Callable[..., None], place: int) -> Any:
+    """What calls a function of integers by its address, which is word `place` after the first of them."""
+    signature = inspect.signature(function)
+    arguments = [types.intp] * len(signature.parameters)
 
-    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        given = cgutils.unpack_tuple(builder, values[1], len(arguments))
-        whole = [context.cast(builder, x, kind, types.intp) for x, kind in zip(given, arguments, strict=True)]
-        kind = ir.FunctionType(VOID, [I64] * len(whole))
-        builder.call(builder.inttoptr(values[0], ir.PointerType(kind)), whole)
+    def codegen(context: Any, builder: Any, _: Any, values: Any) -> Any:
+        address = builder.load(_word(builder, values[0], ir.Constant(I64, place)), typ=I64)
+        kind = ir.FunctionType(VOID, [I64] * len(values))
+        builder.call(builder.inttoptr(address, ir.PointerType(kind)), values)
         return context.get_dummy_value()
 
-    return types.void(types.intp, arguments), codegen
+    @functools.wraps(function)
+    def typed(*_: Any) -> Any:
+        return types.void(*arguments), codegen
+
+    # Numba asks for it, and then casts what it is given.
+    context = inspect.Parameter("typingctx", inspect.Parameter.POSITIONAL_ONLY)
+    typed.__signature__ = signature.replace(parameters=[context, *signature.parameters.values()])  # type: ignore[attr-defined]
+    return intrinsic(typed)
 
 
 @intrinsic

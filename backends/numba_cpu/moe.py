@@ -99,14 +99,14 @@ def most_columns(choices: int, experts: int) -> int:
 
 
 @inline
-def read_choice(args, choice, arithmetic, out):
+def read_choice(team, args, choice, arithmetic, out):
     """What an expert reads for a choice: its token, prepared for the arithmetic."""
     width = word(args, WIDTH)
     x, y = f32(word(args, X) + choice // word(args, CHOICES) * width * 4, width), f32(out, width)
     factor = f32(word(args, WEIGHT) + choice * 4, 1)[0] if word(args, ON_INPUT) else np.float32(1)
     for k in range(width):
         y[k] = x[k] * factor
-    prepare_row(out, width, arithmetic)
+    prepare_row(team, out, width, arithmetic)
 
 
 @inline
@@ -138,7 +138,7 @@ def hidden_of_few(args, team, thread, threads):
         expert, count, choices = word(each, EXPERT), word(each, COUNT), order + 8 * word(each, BEGIN)
         if seen != expert:
             for i in range(count):
-                read_choice(args, word(choices, i), word(args, FIRST), space + i * row_bytes)
+                read_choice(team, args, word(choices, i), word(args, FIRST), space + i * row_bytes)
             seen = expert
         to, end = word(args, HIDDEN) + (word(each, BEGIN) * F + begin) * 4, min(F, begin + per)
         hidden_rows(team, layer_of(args, expert), begin, end, space, row_bytes, count, space + count * row_bytes, to, F * 4)
@@ -160,7 +160,7 @@ def say_few(args, team, thread, threads):
     said = hidden + count * row_bytes
     per = min(D, SAID_ROWS)
     for i in range(count):
-        _prepare_hidden(args, i, hidden + i * row_bytes)
+        _prepare_hidden(team, args, i, hidden + i * row_bytes)
     while True:
         begin = next_chunk(team) * per
         if begin >= D:
@@ -174,12 +174,12 @@ def say_few(args, team, thread, threads):
 
 
 @inline
-def _prepare_hidden(args, place, out):
+def _prepare_hidden(team, args, place, out):
     F = word(args, FEATURES)
     x, y = f32(word(args, HIDDEN) + place * F * 4, F), f32(out, F)
     for k in range(F):
         y[k] = x[k]
-    prepare_row(out, F, word(args, SECOND))
+    prepare_row(team, out, F, word(args, SECOND))
 
 
 @inline
@@ -233,7 +233,7 @@ def gather(args, team, thread, threads):
             begin = (chunk - base) * NARROW
             for j in range(NARROW):
                 if begin + j < count:
-                    read_choice(args, word(choices, begin + j), before_panels(arithmetic), space + j * row_bytes)
+                    read_choice(team, args, word(choices, begin + j), before_panels(arithmetic), space + j * row_bytes)
                 else:
                     clear(space + j * row_bytes, width)
             panels = word(args, PANELS) + word(each, COLUMN) * column_bytes

@@ -33,7 +33,7 @@ def norm_rows(args, team, thread, threads):
         if begin >= tokens:
             break
         for m in range(begin, min(tokens, begin + per)):
-            read_row(args, m, out + m * width * 4)
+            read_row(team, args, m, out + m * width * 4)
 
 
 @kernel("4q")
@@ -51,7 +51,7 @@ def look_up(args, team, thread, threads):
             break
         for m in range(begin, min(numbers.size, begin + per)):
             n = min(max(numbers[m], 0), rows - 1)
-            fill_rows(matrix, n, n + 1, 0, width, False, out + m * width * 4, 0)
+            fill_rows(team, matrix, n, n + 1, 0, width, False, out + m * width * 4, 0)
 
 
 def not_plain(be: Base, *vectors: Any) -> str | None:

@@ -57,8 +57,8 @@ def pack(args, team, thread, threads):
         for i in range(NARROW):
             place = space + i * row_bytes
             if begin + i < tokens:
-                read_row(args, begin + i, place)
-                prepare_row(place, width, before_panels(arithmetic))
+                read_row(team, args, begin + i, place)
+                prepare_row(team, place, width, before_panels(arithmetic))
             else:
                 clear(place, width)
         pack_rows(space, row_bytes, width, arithmetic, panels, begin, tokens)

@@ -74,7 +74,7 @@ def quantise(args, team, thread, threads):
         if begin >= rows:
             break
         for n in range(begin, min(rows, begin + ROWS_AT_ONCE)):
-            fill_rows(matrix, n, n + 1, 0, width, False, space + ROW, 0)
+            fill_rows(team, matrix, n, n + 1, 0, width, False, space + ROW, 0)
             largest[n] = _largest(space + ROW, width)
             codes, factors = word(args, 2) + n * row_bytes, u16(word(args, 3) + n * groups * 2, groups)
             # Of what cannot be stored, nothing is: the caller refuses it.

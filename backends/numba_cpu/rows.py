@@ -22,6 +22,7 @@ from npllm.backends.numba_cpu.matrix import (
 )
 from npllm.backends.numba_cpu.memory import f32, u16, word
 from npllm.backends.numba_cpu.source import PAIRS, bf16, round_row, rounded
+from npllm.backends.numba_cpu.team import called
 from npllm.backends.numba_cpu.vectors import (
     fill_f8,
     fill_f8_pairs,
@@ -46,8 +47,8 @@ def factors_at(matrix, n):
     return word(matrix, FACTORS) + row * word(matrix, FACTOR_ROW)
 
 
-@inline
-def fill_rows(matrix, begin, end, first, last, rounds, out, out_row):
+@called
+def fill_rows(team, matrix, begin, end, first, last, rounds, out, out_row):
     """Rows begin..end, columns first..last, widened to float32; where they are to be rounded to bf16 and this CPU has
     products of pairs, as pairs (an odd last column is paired with 0).
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from npllm.backends.numba_cpu.jit import PATH, inline
 from npllm.backends.numba_cpu.memory import f32, real, u16, word
+from npllm.backends.numba_cpu.team import called
 from npllm.backends.numba_cpu.vectors import bits_of, from_bits, narrow
 
 # Words of a source: where the rows lie and how many bytes apart, how many there are, their width; the norm, its gain and
@@ -21,8 +22,8 @@ NONE, RMS, LAYER = range(3)
 PAIRS = PATH.bf16
 
 
-@inline
-def read_row(source, m, out):
+@called
+def read_row(team, source, m, out):
     """Row m of a source, normed, into the float32 numbers at `out`."""
     width, norm = word(source, WIDTH), word(source, NORM)
     x, y = f32(word(source, ROWS_AT) + m * word(source, ROW_STEP), width), f32(out, width)

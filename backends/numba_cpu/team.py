@@ -16,6 +16,7 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from npllm.backends.numba_cpu.memory import (
     add_word,
     call_c,
     call_kernel,
+    calling,
     load_word,
     pause,
     store_word,
@@ -39,9 +41,16 @@ from npllm.machine import cores
 # the job (its number times MOST, plus its threads), its tape and length. Then what does not change: the functions that
 # yield, take and release a lock, the memory of the threads, and the functions that kernels call. Then, per thread, whether
 # it sleeps, its lock, and whether a thread has taken this place.
-ROUND, ARRIVED, CHUNK, JOB, TAPE, LENGTH, YIELD, TAKE, RELEASE, SCRATCH, FUNCTIONS, SLEEPERS = (8 * i for i in range(12))
+ROUND, ARRIVED, CHUNK, JOB, TAPE, LENGTH, YIELD, TAKE, RELEASE, SCRATCH, FUNCTIONS = (8 * i for i in range(11))
 MOST = 1024
 STOP = -1
+
+# The functions that kernels call, in the order of their addresses: compiled kernels that are kept know only the place.
+CALLED = """
+    activations.activate arithmetic.prepare_row attention_job.combine_lane attention_vectors.score attention_vectors.weigh
+    dots.multiply_few_rows dots.multiply_places rows.fill_rows source.read_row tiles.multiply tiles.spread
+""".split()
+SLEEPERS = FUNCTIONS + (len(CALLED) + 7) // 8 * 8
 
 # Seconds that the interpreter's end waits for a job that another thread has under way.
 LAST_JOB = 10
@@ -86,10 +95,9 @@ def scratch(team, thread):
     return word(team, SCRATCH) + thread * SCRATCH_BYTES
 
 
-@inline
-def function_at(team, place):
-    """The address of a function that is `called`."""
-    return word(team, FUNCTIONS + place)
+def called(function: Callable[..., None]) -> Any:
+    """Decorate a function of integers, the team's address first, that is compiled once and not into each kernel."""
+    return calling(function, FUNCTIONS + CALLED.index(Called(function).name))
 
 
 @inline
@@ -189,8 +197,8 @@ class Team:
 
     @functools.cached_property
     def _lead(self) -> Any:
-        for place, function in Called.places.items():
-            self._state[FUNCTIONS + place] = function.address
+        for function in Called.all:
+            self._state[FUNCTIONS + CALLED.index(function.name)] = function.address
         return _lead()
 
     def _grown(self, threads: int) -> int:

@@ -20,13 +20,13 @@ from npllm.backends.numba_cpu.integer_tiles import (
     widen_groups_q8,
 )
 from npllm.backends.numba_cpu.integers import GROUP
-from npllm.backends.numba_cpu.jit import PATH, called, inline
+from npllm.backends.numba_cpu.jit import PATH, inline
 from npllm.backends.numba_cpu.matrix import BF16, COLUMNS, DATA, F32, FORMAT, Q8, ROW_BYTES
-from npllm.backends.numba_cpu.memory import call, word
+from npllm.backends.numba_cpu.memory import word
 from npllm.backends.numba_cpu.panels import NARROW, TILE_WIDTH, WIDE, panel_width, steps_of
 from npllm.backends.numba_cpu.rows import factors_at, fill_rows, row_at
 from npllm.backends.numba_cpu.source import PAIRS
-from npllm.backends.numba_cpu.team import function_at
+from npllm.backends.numba_cpu.team import called
 from npllm.backends.numba_cpu.vectors import BLOCK, tile_narrow, tile_narrow_pairs, tile_wide, tile_wide_pairs
 
 # The height of the tiles.
@@ -42,22 +42,15 @@ PRODUCT_ROW = 4 * TOKENS + 64
 PRODUCTS, WIDENED = 0, 2 * BLOCK * PRODUCT_ROW
 AFTER = WIDENED + BLOCK * max(STEPS * 4, GROUPS * max(Q8_BYTES, Q4_BYTES) // INTEGER_ROWS) + 64
 
-# The place of `_multiply` among the functions that kernels call.
-MULTIPLY = 0
 
-
-@inline
-def multiply(team, matrix, begin, end, panels, tokens, first, last, arithmetic, space, out):
+@called
+def multiply(team, matrix, begin, end, panels, tokens, first, last, given, space, out):
     """Rows begin..end of a matrix (at most BLOCK) times tokens first..last of the panels (at most TOKENS).
 
-    `out` takes them as [BLOCK, TOKENS] float32 with rows PRODUCT_ROW bytes apart; `space` holds a block of widened weights.
+    `given` is the products' arithmetic. `out` takes them as [BLOCK, TOKENS] float32 with rows PRODUCT_ROW bytes apart;
+    `space` holds a block of widened weights.
     """
-    given = matrix, begin, end, panels, tokens, first, last, panelled(arithmetic), space, out
-    call(function_at(team, MULTIPLY), given)
-
-
-@called(MULTIPLY, 10)
-def _multiply(matrix, begin, end, panels, tokens, first, last, arithmetic, space, out):
+    arithmetic = panelled(given)
     if INTEGERS and arithmetic == INT8:
         _multiply_groups(matrix, begin, end, panels, tokens, first, last, space, out)
         return
@@ -71,7 +64,8 @@ def _multiply(matrix, begin, end, panels, tokens, first, last, arithmetic, space
         if not direct:
             a, a_row = space, STEPS * 4
             per = 2 if pairs else 1
-            fill_rows(matrix, begin, end, step * per, min(width, (step + count) * per), arithmetic == BFLOAT16, space, a_row)
+            stop = min(width, (step + count) * per)
+            fill_rows(team, matrix, begin, end, step * per, stop, arithmetic == BFLOAT16, space, a_row)
         token = first
         while token < last:
             wide, to = panel_width(token, tokens), out + (token - first) * 4
@@ -81,8 +75,9 @@ def _multiply(matrix, begin, end, panels, tokens, first, last, arithmetic, space
             else:
                 ahead = _next_panel(panels, tokens, token + wide, first, last, steps, step, count)
                 ahead_row, ahead_step = count * wide * 4 // BLOCK, wide * 4 * TILE_ROWS // BLOCK
-            ways = ahead, ahead_row, ahead_step
-            _multiply_panel(a, a_row, end - begin, b, wide, count, to, step, pairs, ways)
+            # A narrow tile has twice as many rows.
+            ahead_step, rows = ahead_step if wide == WIDE else 2 * ahead_step, end - begin
+            spread(team, a, a_row, 4, rows, b, wide, count, to, PRODUCT_ROW, step, pairs, ahead, ahead_row, ahead_step)
             token += wide
 
 
@@ -139,24 +134,27 @@ def _next_panel(panels, tokens, token, first, last, steps, step, count):
     return panels + (token * steps + step * panel_width(token, tokens)) * 4
 
 
-@inline
-def _multiply_panel(a, a_row, rows, b, wide, count, c, add, pairs, ways):
-    """One panel; `ways` says what to fetch ahead: from where, and how many bytes go to each row and to each of its steps."""
-    ahead, ahead_row, ahead_step = ways
+@called
+def spread(team, a, a_row, a_step, rows, b, wide, count, c, c_row, add, pairs, ahead, ahead_row, ahead_step):
+    """c[rows, wide] (+)= a[rows, count] b[count, wide]: the numbers of `a` are spread over the lanes of a panel.
+
+    They lie at `a + row a_row + step a_step`; with `pairs` those of both are pairs of bf16. Up to 2 TILE_ROWS - 1 rows may
+    be written behind the last of c. Meanwhile what comes next is fetched: from `ahead`, so many bytes on for each row, and
+    for each step of a tile.
+    """
+    row = wide * 4
     if wide == WIDE or TILE_WIDTH <= NARROW:
-        for column in range(0, wide, TILE_WIDTH):
+        for column in range(0, row, TILE_WIDTH * 4):
             for n in range(0, rows, TILE_ROWS):
-                at, to, left, then = a + n * a_row, c + n * PRODUCT_ROW + column * 4, rows - n - 1, ahead + n * ahead_row
-                if pairs:
-                    tile_wide_pairs(
-                        at, a_row, 4, left, b + column * 4, wide * 4, count, to, PRODUCT_ROW, add, then, ahead_step
-                    )
+                at, to, last, then = a + n * a_row, c + n * c_row + column, rows - n - 1, ahead + n * ahead_row
+                if PAIRS and pairs:
+                    tile_wide_pairs(at, a_row, a_step, last, b + column, row, count, to, c_row, add, then, ahead_step)
                 else:
-                    tile_wide(at, a_row, 4, left, b + column * 4, wide * 4, count, to, PRODUCT_ROW, add, then, ahead_step)
+                    tile_wide(at, a_row, a_step, last, b + column, row, count, to, c_row, add, then, ahead_step)
         return
     for n in range(0, rows, 2 * TILE_ROWS):
-        at, to, left, then = a + n * a_row, c + n * PRODUCT_ROW, rows - n - 1, ahead + n * ahead_row
-        if pairs:
-            tile_narrow_pairs(at, a_row, 4, left, b, wide * 4, count, to, PRODUCT_ROW, add, then, 2 * ahead_step)
+        at, to, last, then = a + n * a_row, c + n * c_row, rows - n - 1, ahead + n * ahead_row
+        if PAIRS and pairs:
+            tile_narrow_pairs(at, a_row, a_step, last, b, row, count, to, c_row, add, then, ahead_step)
         else:
-            tile_narrow(at, a_row, 4, left, b, wide * 4, count, to, PRODUCT_ROW, add, then, 2 * ahead_step)
+            tile_narrow(at, a_row, a_step, last, b, row, count, to, c_row, add, then, ahead_step)

@@ -14,7 +14,8 @@ from npllm import blocks
 from npllm.arrays import Array
 from npllm.backend import RMS, Backend
 from npllm.backends.numba_cpu.backend import NumbaBackend
-from npllm.backends.numba_cpu.jit import Compiled
+from npllm.backends.numba_cpu.jit import Called, Compiled
+from npllm.backends.numba_cpu.team import CALLED
 from npllm.cache import LayerSpec
 from npllm.handles import Weight
 from npllm.machine import cores
@@ -193,6 +194,11 @@ def test_no_shape_is_compiled_for() -> None:
     for M, rows, columns in ((1, 7, 64), (2, 300, 5), (40, 64, 129)):
         be.linear(normal(M, columns), be.prepare(weight(rows, columns)))
     assert {name for name, each in Compiled.known.items() if "address" in vars(each)} == before
+
+
+def test_functions_that_kernels_call_have_their_places_in_any_process() -> None:
+    """Kernels that are kept call them by these, whatever is imported first."""
+    assert sorted(each.name for each in Called.all) == sorted(CALLED)
 
 
 def test_inputs_of_another_type() -> None:
