@@ -2,10 +2,11 @@
 
 read_anonymous, read_mapped   bytes per second read from allocated memory, and from a mapped file in the page cache, by one
                               stream or by four of each thread, whichever is faster;
-read_sustained                the mean of a second of the former, about as long as engines are timed: what is left where
-                              others share the memory;
 float32, bfloat16, int8       operations per second of products and sums in registers (FMA, `vdpbf16ps`, `vpdpbusd`);
-                              None where the CPU lacks the instruction, or NumPy stands in.
+                              None where the CPU lacks the instruction, or NumPy stands in;
+read_sustained, float32_sustained, ...
+                              the mean of a second of the former, about as long as engines are timed: what is left where
+                              others share the memory and the cores.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ SIZE, SECONDS, TIMES = 512 << 20, 0.1, 3
 # Places that a thread reads from at a time, and what its part is a multiple of.
 STREAMS, WHOLE = (1, 4), 2048
 
-# Seconds of reading without a pause.
+# Seconds of reading, or of arithmetic, without a pause.
 SUSTAINED = 1.0
 
 # Side of the matrices that NumPy multiplies where there is no compiler.
@@ -50,7 +51,7 @@ class Machine:
     """The limits of so many threads; `folder` keeps the file that is mapped, and the compiled loops."""
 
     def __init__(self, folder: Path, threads: int, size: int = SIZE) -> None:
-        self.threads = threads
+        self.threads, self.size = threads, size
         self.loops, self.how = compiled(folder)
         memory = np.zeros(size + 64, np.uint8)
         start = -memory.ctypes.data % 64
@@ -64,12 +65,13 @@ class Machine:
             for name, array in self.memory.items()
         }
         found["read_sustained"] = max(
-            self._sustained(functools.partial(read, self.memory["read_anonymous"])) for read in self.reads()
+            self._sustained(functools.partial(read, self.memory["read_anonymous"]), self.size) for read in self.reads()
         )
-        if self.loops is None:
-            x = np.ones((SIDE, SIDE), np.float32)
-            return found | dict.fromkeys(ARITHMETIC) | {"float32": self.best(lambda: x @ x, 2 * SIDE**3)}
-        return found | {name: self._arithmetic(name) for name in ARITHMETIC}
+        for name in ARITHMETIC:
+            loop, amount = self._arithmetic(name)
+            found[name] = self.best(loop, amount) if amount else None
+            found[f"{name}_sustained"] = self._sustained(loop, amount) if amount else None
+        return found
 
     def reads(self) -> list[Callable[[Array], None]]:
         """Ways to read an array."""
@@ -80,23 +82,25 @@ class Machine:
     def best(self, work: Callable[[], Any], amount: float) -> float:
         return amount / min(timed(work) for _ in range(TIMES))
 
-    def _sustained(self, read: Callable[[], None]) -> float:
-        size, times, start = self.memory["read_anonymous"].size, 0, time.perf_counter()
+    def _sustained(self, work: Callable[[], Any], amount: float) -> float:
+        times, start = 0, time.perf_counter()
         while (seconds := time.perf_counter() - start) < SUSTAINED or not times:
-            read()
+            work()
             times += 1
-        return times * size / seconds
+        return times * amount / seconds
 
-    def _arithmetic(self, name: str) -> float | None:
+    def _arithmetic(self, name: str) -> tuple[Callable[[], Any], float]:
+        """What computes for some SECONDS, and how many operations that are; none where it cannot."""
+        if self.loops is None:
+            x = np.ones((SIDE, SIDE), np.float32)
+            return (lambda: x @ x), 2 * SIDE**3 if name == "float32" else 0
         work = getattr(self.loops, f"{name}_work")()
-        if not work:
-            return None
-        rounds, seconds = 1000, 0.0
+        rounds, seconds = 1000, 0.0 if work else SECONDS
         while seconds < SECONDS / 4:
             rounds *= 4
             seconds = timed(functools.partial(self._loop, name, rounds))
         rounds = int(rounds * SECONDS / seconds) + 1
-        return self.best(functools.partial(self._loop, name, rounds), self.threads * rounds * work)
+        return functools.partial(self._loop, name, rounds), self.threads * rounds * work
 
     def _loop(self, name: str, rounds: int) -> None:
         loop = getattr(self.loops, name)
@@ -170,13 +174,22 @@ def bandwidth(limits: Limits) -> float:
 
 
 def peak(limits: Limits, dtype: str) -> float:
-    """Operations per second in `dtype`; those of float32 where the CPU has none of that type."""
+    """Operations per second in `dtype` at best; those of float32 where the CPU has none of that type."""
     return limits[dtype] or limits["float32"] or 0.0
+
+
+def arithmetic(limits: Limits, dtype: str) -> float:
+    """The same, of computing for a second."""
+    return limits.get(f"{dtype}_sustained") or limits.get("float32_sustained") or peak(limits, dtype)
 
 
 def described(limits: Limits, how: str) -> list[str]:
     """The limits as lines of a Markdown table: limit, figure."""
-    reads = [(name, "GB/s") for name in (*READS, "read_sustained")]
-    units = reads + [(name, "GFLOP/s") for name in ARITHMETIC[:2]] + [("int8", "GOP/s")]
-    rows = [(name, f"{value / 1e9:.1f} {unit}") for name, unit in units if (value := limits.get(name)) is not None]
+    units = dict.fromkeys(READS, "GB/s") | {"read": "GB/s"} | dict.fromkeys(ARITHMETIC, "GFLOP/s") | {"int8": "GOP/s"}
+    names = [each for name in units for each in (name, f"{name}_sustained")]
+    rows = [
+        (name, f"{value / 1e9:.1f} {units[name.removesuffix('_sustained')]}")
+        for name in names
+        if (value := limits.get(name)) is not None
+    ]
     return [f"| limit ({how}) | figure |", "|---|---|", *(f"| {name.replace('_', ', ')} | {text} |" for name, text in rows)]

@@ -279,7 +279,14 @@ def achieved(figures: dict[str, Any], name: str, task: str) -> float | None:
 def limit(figures: dict[str, Any], name: str, task: str) -> float:
     if task == "decode":
         return limits.bandwidth(figures["limits"])
-    return limits.peak(figures["limits"], figures["contestants"][name]["arithmetic"])
+    return limits.arithmetic(figures["limits"], figures["contestants"][name]["arithmetic"])
+
+
+def burst(figures: dict[str, Any], name: str, task: str) -> tuple[str, float]:
+    """What that limit is at best, for a tenth of a second."""
+    if task == "decode":
+        return "reading", limits.burst(figures["limits"])
+    return "arithmetic", limits.peak(figures["limits"], figures["contestants"][name]["arithmetic"])
 
 
 def reached(figures: dict[str, Any], target: Target) -> float | None:
@@ -328,9 +335,10 @@ def target_lines(figures: dict[str, Any]) -> list[str]:
         against = target.against or f"its limit ({'read bandwidth' if target.task == 'decode' else 'arithmetic'})"
         ratio = reached(figures, target)
         lines.append(f"| {target.task}: {target.name} / {against} | {target.reach:.2f} | {shown(ratio)} |")
-        if target.task == "decode" and not target.against:
-            done, burst = achieved(figures, target.name, "decode"), limits.burst(figures["limits"])
-            lines.append(f"| the same / the fastest burst of reading | | {shown(done and done / burst)} |")
+        done = None if target.against else achieved(figures, target.name, target.task)
+        if done is not None:
+            what, most = burst(figures, target.name, target.task)
+            lines.append(f"| the same / the fastest burst of {what} | | {shown(done / most)} |")
     return lines
 
 

@@ -19,7 +19,7 @@ from npllm.models import interpret
 QWEN3, TINY = "qwen3-0.6b", "tiny-qwen3-0.6b"
 LIMITS: limits.Limits = {
     "read_anonymous": 30e9, "read_mapped": 28e9, "read_sustained": 24e9,
-    "float32": 200e9, "bfloat16": 400e9, "int8": None,
+    "float32": 200e9, "float32_sustained": 190e9, "bfloat16": 400e9, "bfloat16_sustained": 380e9, "int8": None,
 }  # fmt: skip
 
 
@@ -89,14 +89,17 @@ def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = limits.Machine(tmp_path, 1, size=1 << 20)
     machine.loops, machine.how = None, "NumPy"
     found = machine.measure()
-    assert all(found[name] > 0 for name in (*limits.READS, "read_sustained", "float32"))
+    assert all(found[name] > 0 for name in (*limits.READS, "read_sustained", "float32", "float32_sustained"))
     assert found["bfloat16"] is None
     assert limits.peak(found, "bfloat16") == found["float32"]
+    assert limits.arithmetic(found, "bfloat16") == found["float32_sustained"]
     assert limits.better(LIMITS, {**LIMITS, "read_mapped": 31e9, "int8": 1.0}) == {
         **LIMITS, "read_mapped": 31e9, "int8": 1.0,
     }  # fmt: skip
     assert limits.burst(LIMITS) == 30e9
     assert limits.bandwidth(LIMITS) == 24e9
+    assert limits.arithmetic(LIMITS, "bfloat16") == 380e9
+    assert limits.arithmetic({"float32": 1e9, "bfloat16": None}, "bfloat16") == 1e9
     assert limits.better({}, LIMITS) == LIMITS
     assert limits.described(LIMITS, "C")[2] == "| read, anonymous | 30.0 GB/s |"
 
@@ -186,7 +189,10 @@ def figures() -> dict:
     flops, size = 512e9, 1e9
 
     def one(arithmetic: str, slower: float) -> dict:
-        prompt, token = 2 * slower * flops / limits.peak(LIMITS, arithmetic), 2 * slower * size / limits.bandwidth(LIMITS)
+        prompt, token = (
+            2 * slower * flops / limits.arithmetic(LIMITS, arithmetic),
+            2 * slower * size / limits.bandwidth(LIMITS),
+        )
         seconds = {"prefill": [prompt * 3, prompt, prompt * 2], "decode": [32 * token] * 3}
         return {"arithmetic": arithmetic, "weight_bytes": size, "seconds": seconds}
 
@@ -203,10 +209,11 @@ def figures() -> dict:
 
 def test_the_table_of_peers() -> None:
     lines = peers.table(figures()).splitlines()
-    assert f"| {peers.BF16} | 200.0 | 100.0 | 200.0 | 0.50 | 12.0 | 12.0 | 12.0 | 0.50 |" in lines
-    assert f"| {peers.REFERENCE} | 100.0 | 50.0 | 100.0 | 0.50 | 12.0 | 12.0 | 12.0 | 0.50 |" in lines
+    assert f"| {peers.BF16} | 190.0 | 95.0 | 190.0 | 0.50 | 12.0 | 12.0 | 12.0 | 0.50 |" in lines
+    assert f"| {peers.REFERENCE} | 95.0 | 47.5 | 95.0 | 0.50 | 12.0 | 12.0 | 12.0 | 0.50 |" in lines
     at = lines.index(f"| decode: {peers.BF16} / its limit (read bandwidth) | 0.95 | 0.50 |")
     assert lines[at + 1] == "| the same / the fastest burst of reading | | 0.40 |"
+    assert lines.count("| the same / the fastest burst of arithmetic | | 0.47 |") == 2
     assert f"| prefill: {peers.BF16} / llama.cpp BF16 | 1.40 | 2.00 |" in lines
     assert f"| decode: {peers.Q4} / llama.cpp Q4_0 | 1.20 | not measured |" in lines
     assert "transformers bf16: not there." in lines
