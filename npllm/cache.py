@@ -210,9 +210,8 @@ class LayerCache:
         new = tuple(self._encoded(x) for x in (k_MGK, v_MGV) if x is not None)
         wraps = any(start + end - begin > self.size for _, start, begin, end in rows)
         gathered = self._gather(new, rows) if wraps and max(rows.counts) > 1 else None
+        self.reach(rows)
         for slot, start, begin, end in rows:
-            # First, since the write may be interrupted.
-            self.reached[slot] = max(self.reached[slot], start + end - begin)
             for stored, x_MGF in zip(self.stored, new, strict=True):
                 self._write(stored[slot], start, x_MGF[begin:end].transpose(1, 0, 2))
         return gathered or self.keys(rows)

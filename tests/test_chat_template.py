@@ -250,7 +250,7 @@ ATTACKS = {
 }
 
 
-SECONDS, MARGIN = 0.5, 2.0  # the margin is for slow and busy machines; a second more has not been seen on ours
+SECONDS, MARGIN = 0.2, 2.0  # the margin is for slow and busy machines; a second more has not been seen on ours
 
 
 def assert_stopped(name):

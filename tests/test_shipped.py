@@ -30,6 +30,17 @@ def answer(llm: LLM, question: str) -> str:
     return str(llm.chat([{"role": "user", "content": question}], temperature=0, max_tokens=64).text)
 
 
+def answers(llm: LLM, questions: list[str]) -> list[str]:
+    """To all at once, which takes a fraction of the time."""
+    prompts = [llm.chat_tokens([{"role": "user", "content": question}]) for question in questions]
+    return [out.text for out in llm.generate(prompts, temperature=0, max_tokens=64)]
+
+
+def answered_wrong(llm: LLM, asked: list[dict[str, str]]) -> list[str]:
+    said = answers(llm, [each["question"] for each in asked])
+    return [each["question"] for each, text in zip(asked, said, strict=True) if text != each["answer"]]
+
+
 def test_it_fits_into_the_wheel() -> None:
     assert sum(path.stat().st_size for path in locate(None).iterdir() if path.is_file()) <= 4_000_000
 
@@ -37,7 +48,7 @@ def test_it_fits_into_the_wheel() -> None:
 @pytest.mark.parametrize(("side", "share"), [("train", 0.95), ("held_out", 0.80)])
 def test_it_answers_what_it_was_taught(llm: LLM, side: str, share: float) -> None:
     asked = QUESTIONS[side]
-    wrong = [each["question"] for each in asked if answer(llm, each["question"]) != each["answer"]]
+    wrong = answered_wrong(llm, asked)
     assert len(asked) >= 50
     assert len(wrong) <= (1 - share) * len(asked), wrong
 
@@ -83,9 +94,7 @@ class WrongGain(Backend):
 def test_a_wrong_kernel_shows_in_its_words(wrong: type[Backend]) -> None:
     llm = npllm.load()
     llm.backend = wrong()
-    asked = QUESTIONS["train"][:10]
-    right = [each for each in asked if answer(llm, each["question"]) == each["answer"]]
-    assert len(right) <= 3
+    assert len(answered_wrong(llm, QUESTIONS["train"][:10])) >= 7
 
 
 def test_its_shape_hides_no_mistake(llm: LLM) -> None:
@@ -96,5 +105,4 @@ def test_its_shape_hides_no_mistake(llm: LLM) -> None:
 
 def test_plain_text_and_batches_work_too(llm: LLM) -> None:
     questions = [each["question"] for each in QUESTIONS["train"][:8]]
-    prompts = [llm.chat_tokens([{"role": "user", "content": question}]) for question in questions]
-    assert [out.text for out in llm.generate(prompts, temperature=0)] == [answer(llm, question) for question in questions]
+    assert answers(llm, questions) == [answer(llm, question) for question in questions]

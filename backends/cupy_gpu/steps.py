@@ -52,7 +52,7 @@ class Step:
     ) -> None:
         self.device, self.model, self.room = device, model, room
         # Not the cache, which holds its steps: its memory would wait for the garbage collector.
-        self.caches = cache.layers
+        self.layer_caches = cache.layers
         self.kinds = list({(layer.spec.mask, layer.size): layer for layer in cache.layers}.items())
         self.buffer = device.empty((room * (2 + SETTINGS + len(self.kinds) * PLAN),), "int64")
         self.layers: dict[int, DeviceLayerCache] = {}
@@ -93,7 +93,7 @@ class Step:
         """Put what differs from step to step into the buffer. Without tokens, those stay that the step before drew."""
         if tokens is not None and self.history is not None:
             self.history.tell(samplers)
-        for layer in self.caches:
+        for layer in self.layer_caches:
             layer.reach(rows)
         values = np.zeros(len(self.buffer), np.int64)
         values[: len(tokens or ())] = tokens or ()

@@ -80,7 +80,7 @@ def tokens_of(data: st.DataObject, described: Any, rows: int) -> list[Array]:
 
 @every_architecture
 @given(data=st.data())
-@settings(max_examples=8)
+@settings(max_examples=6)
 def test_a_model_on_two_backends(architecture: str, data: st.DataObject) -> None:
     """At once, in pieces, and in a batch whose rows are out of step."""
     described, seed = data.draw(our.tiny_config(architecture)), data.draw(our.seeds)
@@ -147,20 +147,20 @@ def test_coarse_arithmetic_is_near_the_canon(architecture: str, dtype: str, data
 
 @every_architecture
 @given(data=st.data())
-@settings(max_examples=6)
+@settings(max_examples=4)
 def test_the_same_bits_whenever_and_on_however_many_threads(architecture: str, data: st.DataObject) -> None:
     described, seed = data.draw(our.tiny_config(architecture)), data.draw(our.seeds)
     dtype = data.draw(st.sampled_from(DTYPES))
     one, two = (LLM.random(described, backend(dtype, threads), seed=seed) for threads in (1, 2))
     rows = tokens_of(data, described, 3)
     wanted = ragged(one, rows)
-    for llm in (one, two, two):
-        agree(ragged(llm, rows), wanted, "exact", what=dtype)
+    for _ in range(2):
+        agree(ragged(two, rows), wanted, "exact", what=dtype)
 
 
 @every_architecture
 @given(data=st.data())
-@settings(max_examples=6)
+@settings(max_examples=4)
 def test_the_company_of_a_row_does_not_change_its_bits(architecture: str, data: st.DataObject) -> None:
     """Three rows of the same lengths; the first and the last bring other tokens, before and in the step that is compared."""
     described, seed = data.draw(our.tiny_config(architecture)), data.draw(our.seeds)

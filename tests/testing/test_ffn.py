@@ -192,9 +192,9 @@ def test_faults_show(name, dtype):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_the_suite_is_quick(name):
-    began = time.perf_counter()
+    began = time.process_time()
     spreads(operation(name), Rounding("bf16"), KERNELS[name](product, same))
-    assert time.perf_counter() - began < 5.0
+    assert time.process_time() - began < 5.0
 
 
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_new", "relu"])

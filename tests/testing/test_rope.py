@@ -169,10 +169,10 @@ def test_every_mistake_is_caught(name, mistake, kind):
 
 
 def test_a_suite_takes_seconds():
-    began = time.perf_counter()
+    began = time.process_time()
     for case in operation("rope").cases:
         assert check("rope", given_angles, case, "bf16").ok
-    assert time.perf_counter() - began < 10.0
+    assert time.process_time() - began < 10.0
 
 
 def test_the_explanation_names_the_mistake():

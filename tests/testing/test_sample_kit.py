@@ -85,10 +85,10 @@ def test_the_budget_is_about_the_truth(form: str) -> None:
 @every_format
 @pytest.mark.parametrize("kernel", [sample_sorted, sample_by_thresholds])
 def test_correct_kernels_pass(kernel: Any, form: str) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     for case in operation("sample").cases:
         check("sample", kernel, case, form, seed=time.time_ns() % 10**6).raise_on_failure()
-    assert time.perf_counter() - began < 10.0
+    assert time.process_time() - began < 10.0
 
 
 @every_format
@@ -96,7 +96,8 @@ def test_every_mistake_is_found(form: str) -> None:
     op = operation("sample")
     for mistake in op.mistakes:
         wrong = reference(op, mistake.made_by(Backend)("float64"))
-        assert not all(check(op, wrong, case, form, seed=time.time_ns() % 10**6).ok for case in op.cases), mistake.name
+        seed = time.time_ns() % 10**6
+        assert not all(check(op, wrong, case, form, seed=seed, explain=False).ok for case in op.cases), mistake.name
 
 
 @pytest.mark.parametrize("form", ["f32", "bf16"])
