@@ -17,9 +17,9 @@ from numba import types
 from numba.extending import intrinsic
 
 from npllm import blocks
+from npllm.backends.numba_cpu.emit import I32, Emit
 from npllm.backends.numba_cpu.memory import f32
 from npllm.backends.numba_cpu.team import called
-from npllm.backends.numba_cpu.vectors import I32, Emit
 from npllm.blocks.ffn import FITTED, NO_TAIL, TERMS, Activation, _log_tail
 
 # Activations by the numbers that kernels know them by.

@@ -40,11 +40,11 @@ from npllm.backends.numba_cpu.attention_job import (
     within_split,
 )
 from npllm.backends.numba_cpu.attention_vectors import score, top, weigh
+from npllm.backends.numba_cpu.emit import LANES
 from npllm.backends.numba_cpu.jit import inline, kernel
 from npllm.backends.numba_cpu.memory import f32, real, word
 from npllm.backends.numba_cpu.panels import clear
 from npllm.backends.numba_cpu.team import next_chunk, scratch
-from npllm.backends.numba_cpu.vectors import LANES
 
 # Bytes between the scores of two lanes.
 SCORES_ROW = (SPLIT + LANES) * 4

@@ -54,17 +54,14 @@ from npllm.backends.numba_cpu.attention_vectors import (
     soften,
     soften_pairs,
 )
+from npllm.backends.numba_cpu.conversions import from_bits
+from npllm.backends.numba_cpu.emit import CACHE_LINE, LANES
 from npllm.backends.numba_cpu.jit import inline, kernel
 from npllm.backends.numba_cpu.memory import f32, i32, real, u16, u32, word
 from npllm.backends.numba_cpu.panels import WIDE, clear, panel_width, turned
 from npllm.backends.numba_cpu.source import PAIRS, bf16, round_row
 from npllm.backends.numba_cpu.team import SCRATCH_BYTES, next_chunk, scratch
 from npllm.backends.numba_cpu.tiles import TILE_ROWS, spread
-from npllm.backends.numba_cpu.vectors import (
-    CACHE_LINE,
-    LANES,
-    from_bits,
-)
 
 # Lanes of a unit of work, and keys of a block: whole tiles, and so few that they stay in the cache from scores to values.
 UNIT, BLOCK = 256, 48

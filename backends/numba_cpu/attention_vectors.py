@@ -18,21 +18,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from npllm.backends.numba_cpu.activations import emit_exp, emit_weight
+from npllm.backends.numba_cpu.conversions import NUMBERS, widened
+from npllm.backends.numba_cpu.emit import CACHE_LINE, F32, I32, I64, LANES, VF, VI, Emit, emitting, rows_of
 from npllm.backends.numba_cpu.team import called
-from npllm.backends.numba_cpu.vectors import (
-    CACHE_LINE,
-    F32,
-    I32,
-    I64,
-    LANES,
-    NUMBERS,
-    VF,
-    VI,
-    Emit,
-    emitting,
-    rows_of,
-    widened,
-)
 
 # Rows of the state of a panel of lanes: the number that scores are taken relative to, the sum of their exponentials, what
 # earlier sums were last multiplied by; what products are multiplied by to be scores; and the range of keys that the lane

@@ -27,8 +27,8 @@ from npllm.weights import Tensor
 # Parts of a model whose tensors are vectors or small factors: they are widened to float32, whatever they are stored in.
 WIDENED = ("norm", "buffer")
 
-# Numbers that one thread passes over while threads would wait for each other.
-SMALL = 1 << 14
+# Numbers that a thread passes over at a time: where there are no more, a decode step's, others would only wait.
+PORTION = 1 << 14
 
 # Tokens from which the arrays of a step are worth keeping for the next.
 PROMPT = 64
@@ -137,9 +137,9 @@ class Base(Backend):
         """So many bytes, on a cache line, that the kernels of one operation hand to each other."""
         return aligned(size, np.uint8) if self.recorder is None else self.recorder.lent(size)
 
-    def run(self, *entries: tape.Entry, numbers: int = SMALL + 1) -> None:
+    def run(self, *entries: tape.Entry, numbers: int | None = None) -> None:
         """Run kernels, one after the other, on all threads; or on one, where they only pass over a few `numbers`."""
-        if numbers <= SMALL:
+        if numbers is not None and numbers <= PORTION:
             entries = tuple(each._replace(small=True) for each in entries)
         if self.recorder is not None:
             self.recorder.kernels(entries)

@@ -20,6 +20,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from npllm.backends.numba_cpu.conversions import from_halves
+from npllm.backends.numba_cpu.emit import F32, I8, I16, I32, LANES, VF, VI, Emit, emitting, same
 from npllm.backends.numba_cpu.integers import (
     GROUP,
     LEAST,
@@ -31,7 +33,7 @@ from npllm.backends.numba_cpu.integers import (
     sum_pairs,
 )
 from npllm.backends.numba_cpu.jit import PATH
-from npllm.backends.numba_cpu.vectors import BLOCK, F32, I8, I16, I32, LANES, VF, VI, Emit, emitting, from_halves, same
+from npllm.backends.numba_cpu.vectors import BLOCK
 
 # A register tile, rows times vectors of tokens: sums, a vector of weights and products share sixteen registers, or 32.
 TILE = PATH.tile if LANES == 16 else (4, PATH.tile[1])

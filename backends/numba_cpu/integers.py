@@ -21,24 +21,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from npllm.backends.numba_cpu.conversions import from_halves
+from npllm.backends.numba_cpu.emit import F32, I8, I16, I32, LANES, Emit, emitting, rows_of, same, store_each, totals
 from npllm.backends.numba_cpu.jit import PATH
-from npllm.backends.numba_cpu.vectors import (
-    ABREAST,
-    F32,
-    I8,
-    I16,
-    I32,
-    LANES,
-    SEVERAL,
-    Emit,
-    ahead_of,
-    emitting,
-    from_halves,
-    rows_of,
-    same,
-    store_each,
-    totals,
-)
+from npllm.backends.numba_cpu.vectors import ABREAST, SEVERAL, ahead_of
 
 GROUP, BLOCK = 32, 4
 

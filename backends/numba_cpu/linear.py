@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from npllm.backends.numba_cpu.arithmetic import FLOAT32, prepare_row
 from npllm.backends.numba_cpu.dots import multiply_places, multiply_rows, prepared_row, together
+from npllm.backends.numba_cpu.emit import LANES
 from npllm.backends.numba_cpu.jit import inline, kernel
 from npllm.backends.numba_cpu.matrix import COLUMNS, ROW_BYTES, ROWS
 from npllm.backends.numba_cpu.memory import f32, word
@@ -16,7 +17,7 @@ from npllm.backends.numba_cpu.panels import NARROW, turned
 from npllm.backends.numba_cpu.source import COUNT, FORM, SOURCE_WORDS, WIDTH, read_row
 from npllm.backends.numba_cpu.team import next_chunk, scratch
 from npllm.backends.numba_cpu.tiles import PRODUCT_ROW, TOKENS, WIDENED, multiply
-from npllm.backends.numba_cpu.vectors import ABREAST, BLOCK, LANES, TOGETHER
+from npllm.backends.numba_cpu.vectors import ABREAST, BLOCK, TOGETHER
 
 # An output, OUTPUT_WORDS in a list: a matrix's description; where its product goes and how many bytes apart its rows are;
 # bias [F], or 0; residual, in memory of its own, and how many bytes apart its rows are, or 0.

@@ -18,7 +18,8 @@ from npllm.backends.numba_cpu.activations import ACTIVATIONS
 from npllm.backends.numba_cpu.arithmetic import FLOAT32, before_panels, prepare_row
 from npllm.backends.numba_cpu.base import Base, at
 from npllm.backends.numba_cpu.dots import multiply_rows, together
-from npllm.backends.numba_cpu.ffn import features_of, hidden_panels, hidden_rows, row_room
+from npllm.backends.numba_cpu.emit import LANES
+from npllm.backends.numba_cpu.ffn import AT_ONCE, features_of, hidden_panels, hidden_rows, row_room
 from npllm.backends.numba_cpu.jit import inline, kernel
 from npllm.backends.numba_cpu.matrix import ROW_BYTES, ROWS
 from npllm.backends.numba_cpu.memory import f32, i64, word
@@ -29,7 +30,7 @@ from npllm.backends.numba_cpu.stack import Matrices
 from npllm.backends.numba_cpu.tape import entry
 from npllm.backends.numba_cpu.team import SCRATCH_BYTES, next_chunk, scratch
 from npllm.backends.numba_cpu.tiles import PRODUCT_ROW, TOKENS, WIDENED, multiply
-from npllm.backends.numba_cpu.vectors import ABREAST, BLOCK, LANES, TOGETHER
+from npllm.backends.numba_cpu.vectors import ABREAST, BLOCK, TOGETHER
 from npllm.weights import Experts
 
 # What all kernels here begin with, MIXTURE_WORDS: x [M, D], M, C, E, D, F; the choices' indices, int64, and their weights
@@ -46,8 +47,8 @@ EXPERT, BEGIN, COUNT, COLUMN, PLANNED = range(5)
 # Rows of `down` of each expert that a thread takes at a time, where tokens are few.
 SAID_ROWS = 48
 
-# Bytes of `gate`, and rows, that a thread takes at a time at most; and the parts at least, for each thread, that it has.
-STREAM, MOST_ROWS, SHARES = 1 << 19, 2048, 2
+# Bytes of `gate` that a thread takes at a time at most; and the parts at least, for each thread, that it has.
+STREAM, SHARES = 1 << 19, 2
 
 # Choices whose panels and results are in memory at a time.
 SLAB = 1 << 13
@@ -148,7 +149,7 @@ def hidden_of_few(args, team, thread, threads):
 def _features_at_once(gate, threads):
     """Hidden features of an expert that a thread takes at a time: at most STREAM bytes, or a share of all."""
     fitting, share = STREAM // max(1, word(gate, ROW_BYTES)), word(gate, ROWS) // (SHARES * threads)
-    return max(ABREAST, min(MOST_ROWS, fitting, share) // ABREAST * ABREAST)
+    return max(ABREAST, min(AT_ONCE, fitting, share) // ABREAST * ABREAST)
 
 
 @kernel(MIXTURE)

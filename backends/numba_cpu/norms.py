@@ -8,7 +8,7 @@ import numpy as np
 
 from npllm.arrays import Array
 from npllm.backend import LN, RMS, Norm, accelerates
-from npllm.backends.numba_cpu.base import Base, at
+from npllm.backends.numba_cpu.base import PORTION, Base, at
 from npllm.backends.numba_cpu.jit import kernel
 from npllm.backends.numba_cpu.matrix import COLUMNS, ROWS, Matrix
 from npllm.backends.numba_cpu.memory import i64, word
@@ -19,15 +19,12 @@ from npllm.backends.numba_cpu.team import next_chunk
 from npllm.handles import Weight
 from npllm.weights import Linear
 
-# Numbers that a thread takes at a time: a decode step's are one thread's, a prompt's are everyone's.
-CHUNK = 1 << 14
-
 
 @kernel(FORM + "q")
 def norm_rows(args, team, thread, threads):
     """The rows of a source. Arguments: the source; where they go, without gaps."""
     out, tokens, width = word(args, SOURCE_WORDS), word(args, COUNT), word(args, WIDTH)
-    per = max(1, CHUNK // width)
+    per = max(1, PORTION // width)
     while True:
         begin = next_chunk(team) * per
         if begin >= tokens:
@@ -44,7 +41,7 @@ def look_up(args, team, thread, threads):
     """
     matrix, numbers, out = word(args, 0), i64(word(args, 1), word(args, 2)), word(args, 3)
     width, rows = word(matrix, COLUMNS), word(matrix, ROWS)
-    per = max(1, CHUNK // width)
+    per = max(1, PORTION // width)
     while True:
         begin = next_chunk(team) * per
         if begin >= numbers.size:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import numpy as np
 
 from npllm.backends.numba_cpu.arithmetic import BFLOAT16, INT8, INTEGERS, before_panels, panelled, prepare_row
+from npllm.backends.numba_cpu.emit import LANES
 from npllm.backends.numba_cpu.integer_tiles import ROWS_OF_GROUP, quantise_columns
 from npllm.backends.numba_cpu.integers import GROUP
 from npllm.backends.numba_cpu.jit import PATH, inline, kernel
 from npllm.backends.numba_cpu.memory import f32, word
 from npllm.backends.numba_cpu.source import COUNT, FORM, PAIRS, SOURCE_WORDS, WIDTH, read_row
 from npllm.backends.numba_cpu.team import SPARE, next_chunk, scratch
-from npllm.backends.numba_cpu.vectors import LANES, turn
+from npllm.backends.numba_cpu.vectors import turn
 
 # Tokens of a narrow and of a wide panel, as wide as a tile.
 TILE_WIDTH = PATH.tile[1] * LANES

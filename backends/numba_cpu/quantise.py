@@ -15,13 +15,14 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from npllm.backends.numba_cpu.conversions import bits_of, from_bits
+from npllm.backends.numba_cpu.emit import F32, I32, Emit
 from npllm.backends.numba_cpu.jit import kernel
 from npllm.backends.numba_cpu.matrix import COLUMNS, FORMATS, Q8, ROWS, Matrix
 from npllm.backends.numba_cpu.memory import f32, i8, u8, u16, word
 from npllm.backends.numba_cpu.rows import fill_rows
 from npllm.backends.numba_cpu.tape import Entry, entry
 from npllm.backends.numba_cpu.team import next_chunk, scratch
-from npllm.backends.numba_cpu.vectors import F32, I32, Emit, bits_of, from_bits
 from npllm.grouped import GROUP, RANGE, REACHES, refuse, room_for
 from npllm.handles import Weight
 

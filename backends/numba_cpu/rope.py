@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from npllm.arrays import Array
 from npllm.backend import accelerates
-from npllm.backends.numba_cpu.base import Base, at
+from npllm.backends.numba_cpu.base import PORTION, Base, at
 from npllm.backends.numba_cpu.jit import inline, kernel
 from npllm.backends.numba_cpu.memory import f32, word
-from npllm.backends.numba_cpu.norms import CHUNK, not_plain
+from npllm.backends.numba_cpu.norms import not_plain
 from npllm.backends.numba_cpu.tape import entry
 from npllm.backends.numba_cpu.team import next_chunk
 from npllm.blocks.rope import Angles
@@ -22,7 +22,7 @@ def rotate(args, team, thread, threads):
         word(args, 0), word(args, 1), word(args, 2), word(args, 3), word(args, 4), word(args, 5),
     )  # fmt: skip
     cosines, sines, count, out = word(args, 6), word(args, 7), word(args, 8), word(args, 9)
-    per = max(1, CHUNK // (heads * width))
+    per = max(1, PORTION // (heads * width))
     while True:
         begin = next_chunk(team) * per
         if begin >= tokens:

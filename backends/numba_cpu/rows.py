@@ -4,6 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
+from npllm.backends.numba_cpu.conversions import (
+    fill_f8,
+    fill_f8_pairs,
+    fill_q4,
+    fill_q4_pairs,
+    fill_q8,
+    fill_q8_pairs,
+    from_bits,
+    widen_f16,
+)
 from npllm.backends.numba_cpu.jit import inline
 from npllm.backends.numba_cpu.matrix import (
     BF16,
@@ -23,16 +33,6 @@ from npllm.backends.numba_cpu.matrix import (
 from npllm.backends.numba_cpu.memory import f32, u16, word
 from npllm.backends.numba_cpu.source import PAIRS, bf16, round_row, rounded
 from npllm.backends.numba_cpu.team import called
-from npllm.backends.numba_cpu.vectors import (
-    fill_f8,
-    fill_f8_pairs,
-    fill_q4,
-    fill_q4_pairs,
-    fill_q8,
-    fill_q8_pairs,
-    from_bits,
-    widen_f16,
-)
 
 
 @inline

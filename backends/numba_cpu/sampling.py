@@ -6,11 +6,11 @@ import numpy as np
 
 from npllm.arrays import Array
 from npllm.backends.numba_cpu.base import Base, at
+from npllm.backends.numba_cpu.conversions import from_bits
 from npllm.backends.numba_cpu.jit import inline, kernel
 from npllm.backends.numba_cpu.memory import f32, i64, u32, word
 from npllm.backends.numba_cpu.tape import entry
 from npllm.backends.numba_cpu.team import next_chunk
-from npllm.backends.numba_cpu.vectors import from_bits
 from npllm.sampling import not_finite
 
 # Logits that a thread takes at a time.

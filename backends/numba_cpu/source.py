@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from npllm.backends.numba_cpu.conversions import bits_of, from_bits, narrow
 from npllm.backends.numba_cpu.jit import PATH, inline
 from npllm.backends.numba_cpu.memory import f32, real, u16, word
 from npllm.backends.numba_cpu.team import called
-from npllm.backends.numba_cpu.vectors import bits_of, from_bits, narrow
 
 # Words of a source: where the rows lie and how many bytes apart, how many there are, their width; the norm, its gain and
 # shift (or 0); and, as doubles, eps and the offset.
