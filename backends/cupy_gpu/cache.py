@@ -7,7 +7,7 @@ which the row still needs if it is cut back by one token: so rings have an entry
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -86,6 +86,11 @@ class DeviceLayerCache(LayerCache):
     def contents(self, slot: int, length: int) -> dict[str, Array]:
         # To the host, which writes them to files; `restore` takes them from there.
         return {name: self.be.to_numpy(x_GSF) for name, x_GSF in super().contents(slot, length).items()}
+
+    def restore(self, slot: int, contents: Mapping[str, Array], length: int, lost: int = 0) -> None:
+        # Through our own pieces of pinned memory: CuPy would pin as much as it is given, and keep it.
+        there = {name: self.be.device.upload(contents[name]) for name in self.spec.widths}
+        super().restore(slot, there, length, lost)
 
     def entries(self, tokens: int) -> int:
         kept = super().entries(tokens)
@@ -172,6 +177,18 @@ class DeviceCache(Cache):
         self.steps.clear()
         with self.be.device.guarded():
             super()._resize(slots, size)
+
+    def spread(self, slot: int, copies: int) -> list[int]:
+        with self.be.device.guarded():
+            return super().spread(slot, copies)
+
+    def contents(self, slot: int, length: int | None = None) -> dict[str, Array]:
+        with self.be.device.guarded():
+            return super().contents(slot, length)
+
+    def restore(self, slot: int, contents: Mapping[str, Array], length: int, lost: Sequence[int] | None = None) -> None:
+        with self.be.device.guarded():
+            super().restore(slot, contents, length, lost)
 
     def truncate(self, slot: int, length: int) -> int:
         # Also where a slot is freed: without a plan between, it may be filled by `fork` or `restore` next.

@@ -40,7 +40,10 @@ SMALL = 8, 1 << 16
 # Bytes of pinned memory for what a step gives, at least.
 LANDING = 4096
 
-# cuda.h: an error, CUlaunchAttributeID, and what a function may be told.
+# The names of an error, the runtime's and the driver's.
+FULL = "cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY"
+
+# cuda.h: its number, CUlaunchAttributeID, and what a function may be told.
 OUT_OF_MEMORY = 2
 PROGRAMMATIC_STREAM_SERIALIZATION = 6
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
@@ -457,7 +460,7 @@ class Cuda(Device):
                 graph = self._ended(stream)
             except BaseException as error:
                 self._abandon(stream)
-                if isinstance(error, (NotImplementedError, self.cupy.cuda.runtime.CUDARuntimeError)):
+                if isinstance(error, (NotImplementedError, *refusals(self.cupy))):
                     raise CannotCaptureError(str(error)) from None
                 raise
             finally:
@@ -518,6 +521,11 @@ class Cuda(Device):
         return MemoryErrors(self)
 
 
+def refusals(cupy: Any) -> tuple[type[Exception], type[Exception]]:
+    """What CuPy raises where the runtime says no, and where the driver does, which loads and launches kernels."""
+    return cupy.cuda.runtime.CUDARuntimeError, cupy.cuda.driver.CUDADriverError
+
+
 class MemoryErrors(contextlib.AbstractContextManager[None]):
     """Turns errors of memory, CuPy's or the runtime's, into MemoryLimitError, and gives back what no array uses."""
 
@@ -529,8 +537,8 @@ class MemoryErrors(contextlib.AbstractContextManager[None]):
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         cuda = self.device.cupy.cuda
-        # A graph's launch, or pinned memory, is no business of CuPy's pool.
-        full = isinstance(error, cuda.runtime.CUDARuntimeError) and "cudaErrorMemoryAllocation" in str(error)
+        # A graph's launch, pinned memory or a kernel's code is no business of CuPy's pool.
+        full = isinstance(error, refusals(self.device.cupy)) and any(name in str(error) for name in FULL)
         if full or isinstance(error, cuda.memory.OutOfMemoryError):
             raise memory_full(self.device) from None
 

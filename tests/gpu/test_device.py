@@ -36,6 +36,21 @@ class RefusedError(RuntimeError):
     """What CuPy's runtime raises."""
 
 
+class DriverError(RuntimeError):
+    """What CuPy raises where the driver says no."""
+
+
+class OutOfMemoryError(MemoryError):
+    """What CuPy's memory pool raises."""
+
+
+ERRORS: dict[str, Any] = {
+    "runtime": SimpleNamespace(CUDARuntimeError=RefusedError),
+    "driver": SimpleNamespace(CUDADriverError=DriverError),
+    "memory": SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
+}
+
+
 def pretended(error: str = "", *, count: int = 1, capability: str = "90") -> Any:
     """A CuPy whose runtime says so."""
 
@@ -127,26 +142,25 @@ def test_cupy_that_is_missing_or_for_another_cuda(error: Exception, message: str
 
 
 def test_memory_that_runs_out_is_an_error_of_ours_and_is_given_back() -> None:
-    class OutOfMemoryError(MemoryError):
-        """CuPy's."""
-
     given_back: list[bool] = []
-    names = SimpleNamespace(
-        memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError), runtime=SimpleNamespace(CUDARuntimeError=RefusedError)
-    )
     device = SimpleNamespace(
-        cupy=SimpleNamespace(cuda=names),
+        cupy=SimpleNamespace(cuda=SimpleNamespace(**ERRORS)),
         release=lambda: given_back.append(True),
         memory=lambda: SimpleNamespace(free=3 << 30),
     )
     guard: Any = cuda.MemoryErrors(device)  # type: ignore[arg-type]
-    for error in (OutOfMemoryError(), RefusedError("cudaErrorMemoryAllocation: out of memory")):
+    full: list[Exception] = [
+        OutOfMemoryError(),
+        RefusedError("cudaErrorMemoryAllocation: out of memory"),
+        DriverError("CUDA_ERROR_OUT_OF_MEMORY: out of memory"),
+    ]
+    for error in full:
         with pytest.raises(MemoryLimitError, match=r"the GPU's memory is full \(3\.0 GiB is free\): lower max_con"), guard:
             raise error
-    for other in (ZeroDivisionError(), RefusedError("cudaErrorIllegalAddress")):
+    for other in (ZeroDivisionError(), RefusedError("cudaErrorIllegalAddress"), DriverError("CUDA_ERROR_NO_BINARY_FOR_GPU")):
         with pytest.raises(type(other)), guard:
             raise other
-    assert given_back == [True, True]
+    assert given_back == [True] * len(full)
 
 
 def test_the_hosts_memory_that_runs_out_is_told_apart_from_the_gpus() -> None:
@@ -363,9 +377,9 @@ class Capturing:
 
         self.cuda = SimpleNamespace(
             runtime=SimpleNamespace(streamCaptureModeRelaxed=2, CUDARuntimeError=RefusedError), Stream=Stream,
+            driver=ERRORS["driver"], memory=ERRORS["memory"],
             MemoryPool=Pool, using_allocator=lambda malloc: nothing,
             get_current_stream=lambda: SimpleNamespace(synchronize=lambda: None, ptr=0),
-            memory=SimpleNamespace(OutOfMemoryError=MemoryError),
         )  # fmt: skip
         self.default = Pool()
         self.get_default_memory_pool = lambda: self.default
@@ -403,7 +417,12 @@ def test_graphs_where_a_driver_refuses_dependent_launch(launches: bool, caplog: 
 
 def test_a_step_that_cannot_be_captured_says_why_and_leaves_dependent_launch_on() -> None:
     device = capturing(lambda device: True)
-    for work, why in ((lambda: None, "NotSupported"), (lambda: device.launch(KERNEL, (1, 1, 1), 32, ()), r"801.*a\.cu")):
+
+    def of_cupys() -> None:
+        raise DriverError("CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED: operation not permitted when stream is capturing")
+
+    ours = functools.partial(device.launch, KERNEL, (1, 1, 1), 32, ())
+    for work, why in ((lambda: None, "NotSupported"), (ours, r"801.*a\.cu"), (of_cupys, "CAPTURE_UNSUPPORTED")):
         with pytest.raises(CannotCaptureError, match=why):
             device.capture(work)
         assert (device.dependent, device.thread.capturing) == (True, False)
