@@ -167,16 +167,31 @@ def test_the_hosts_memory_that_runs_out_is_told_apart_from_the_gpus() -> None:
     def alloc(error: str) -> Any:
         raise RefusedError(error)
 
-    runtime = SimpleNamespace(CUDARuntimeError=RefusedError)
+    runtime = SimpleNamespace(CUDARuntimeError=RefusedError, hostAllocPortable=1)
     for error, kind, message in (
         ("cudaErrorMemoryAllocation: out of memory", MemoryLimitError, r"the host has no 32 MiB that the GPU could reach"),
         ("cudaErrorIllegalAddress", RefusedError, "cudaErrorIllegalAddress"),
     ):
-        cupy = SimpleNamespace(cuda=SimpleNamespace(alloc_pinned_memory=lambda nbytes, e=error: alloc(e), runtime=runtime))
+        cupy = SimpleNamespace(
+            cuda=SimpleNamespace(
+                runtime=runtime,
+                PinnedMemory=lambda nbytes, flags, e=error: alloc(e),
+                PinnedMemoryPointer=lambda memory, offset: memory,
+            )
+        )
         staging, landing = cuda.Staging(cupy, *cuda.LARGE), functools.partial(cuda.Landing, cupy, 32 << 20)
         for asks in (staging._piece, landing, functools.partial(cuda.pinned, cupy, 32 << 20)):
             with pytest.raises(kind, match=message):
                 asks()
+
+
+def test_a_table_in_pinned_memory_takes_no_more_than_its_bytes() -> None:
+    """As CuPy's pool would, which takes the next power of two."""
+    device: Any = object.__new__(cuda.Cuda)
+    device.cupy = cupy = Pending()
+    table = np.arange(5 << 10, dtype=np.float32).reshape(-1, 16)
+    assert device.mapped(table).tolist() == table.tolist()
+    assert cupy.sizes == [table.nbytes]
 
 
 class Pending:
@@ -186,12 +201,15 @@ class Pending:
         self.todo: list[Callable[[], None]] = []
         self.done = 0
         stream = SimpleNamespace(ptr=0)
-        runtime = SimpleNamespace(memcpyAsync=self.copy, memcpyHostToDevice=1, memcpyDeviceToHost=2)
+        runtime = SimpleNamespace(memcpyAsync=self.copy, memcpyHostToDevice=1, memcpyDeviceToHost=2, hostAllocPortable=1)
         self.cuda = SimpleNamespace(
-            runtime=runtime, get_current_stream=lambda: stream, alloc_pinned_memory=self.pinned, Event=self.event,
+            runtime=runtime, get_current_stream=lambda: stream, PinnedMemory=self.pinned, Event=self.event,
+            PinnedMemoryPointer=lambda memory, offset: memory, UnownedMemory=lambda pointer, size, owner, device: owner,
+            MemoryPointer=lambda memory, offset: memory, Device=lambda: SimpleNamespace(id=0),
             get_elapsed_time=lambda began, came: 1e3 * (came.number - began.number),
         )  # fmt: skip
-        self.allocated = 0
+        self.ndarray = lambda shape, dtype, memory: np.frombuffer(memory, dtype).reshape(shape)
+        self.sizes: list[int] = []
 
     def later(self, work: Callable[[], None]) -> int:
         self.todo.append(work)
@@ -205,8 +223,8 @@ class Pending:
     def copy(self, to: int, source: int, size: int, kind: int, stream: int) -> None:
         self.later(lambda: ctypes.memmove(to, source, size))
 
-    def pinned(self, size: int) -> Any:
-        self.allocated += 1
+    def pinned(self, size: int, flags: int) -> Any:
+        self.sizes.append(size)
 
         class Memory(ctypes.c_char * size):  # type: ignore[misc]
             ptr = property(ctypes.addressof)
@@ -284,7 +302,7 @@ def test_steps_that_follow_each_other_take_turns_with_two_landings() -> None:
     for _ in range(20):
         turn, ahead = ahead, cuda.CudaTurn(cupy, landings, graph, [on_device(memory)])
         turn.wait()
-    assert cupy.allocated == 2
+    assert len(cupy.sizes) == 2
 
 
 def interrupting(cupy: Pending) -> None:
