@@ -324,9 +324,10 @@ class CudaTurn:
 
 
 class Threads(threading.local):
-    """What each thread does: whether it captures. Others may go on meanwhile."""
+    """Of each thread, whether it captures, while others may go on; whether it knows the GPU's context."""
 
     capturing = False
+    bound = False
 
 
 class Cuda(Device):
@@ -412,17 +413,27 @@ class Cuda(Device):
         return kept_cubins()
 
     def launch(self, kernel: Kernel, grid: Grid, block: int, args: Iterable[Argument], shared: int = 0) -> None:
-        packed, function = Packed(args, self.address), ctypes.c_void_p(kernel.handle.ptr)
+        packed, function, stream = Packed(args, self.address), ctypes.c_void_p(kernel.handle.ptr), self._stream()
         # More than 48 KiB, its own arrays included, a function gets only where it was told so before.
         if shared > self._asked.get(kernel.handle.ptr, 0):
             self._check(self._driver.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared), kernel)
             self._asked[kernel.handle.ptr] = shared
         attribute = Attribute(PROGRAMMATIC_STREAM_SERIALIZATION)
         attribute.value[0] = 1
-        stream = self.cupy.cuda.get_current_stream().ptr
         dependent = int(self.dependent and self.thread.capturing)
         configuration = Configuration(*grid, block, 1, 1, shared, stream, ctypes.pointer(attribute), dependent)
         self._check(self._driver.cuLaunchKernelEx(ctypes.byref(configuration), function, packed.pointers, None), kernel)
+
+    def _stream(self) -> int:
+        """The current stream, as the driver takes it from this thread.
+
+        A thread that has called nothing of the runtime has no context, and asking CuPy for memory that it has at hand calls
+        nothing.
+        """
+        if not self.thread.bound:
+            self.cupy.cuda.runtime.memGetInfo()
+            self.thread.bound = True
+        return int(self.cupy.cuda.get_current_stream().ptr)
 
     def _check(self, status: int, kernel: Kernel | None = None) -> None:
         if status == OUT_OF_MEMORY:
@@ -506,8 +517,7 @@ class Cuda(Device):
             log_once("cupy: cuBLASLt is not installed; products of prompts go through slower kernels of our own")
             return None
         self._workspace = self.empty((cublaslt.WORKSPACE,), "uint8")
-        stream = self.cupy.cuda.get_current_stream
-        return cublaslt.Products(library, self.address(self._workspace), cublaslt.WORKSPACE, lambda: int(stream().ptr))
+        return cublaslt.Products(library, self.address(self._workspace), cublaslt.WORKSPACE, self._stream)
 
     def memory(self) -> Memory:
         free, total = self.cupy.cuda.runtime.memGetInfo()

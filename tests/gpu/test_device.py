@@ -10,6 +10,7 @@ import logging
 import re
 import shutil
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -394,7 +395,10 @@ class Capturing:
                 return "a graph"
 
         self.cuda = SimpleNamespace(
-            runtime=SimpleNamespace(streamCaptureModeRelaxed=2, CUDARuntimeError=RefusedError), Stream=Stream,
+            runtime=SimpleNamespace(
+                streamCaptureModeRelaxed=2, CUDARuntimeError=RefusedError, memGetInfo=lambda: (1 << 40, 1 << 40)
+            ),
+            Stream=Stream,
             driver=ERRORS["driver"], memory=ERRORS["memory"],
             MemoryPool=Pool, using_allocator=lambda malloc: nothing,
             get_current_stream=lambda: SimpleNamespace(synchronize=lambda: None, ptr=0),
@@ -465,7 +469,6 @@ def test_an_interrupt_leaves_no_capture_open(when: str) -> None:
 def test_graphs_share_the_limit_of_the_process() -> None:
     """What one holds, the next one and the default pool have no more; when it goes, they have it again."""
     device, given = capturing(lambda device: False), []
-    device.cupy.cuda.runtime.memGetInfo = lambda: (1 << 40, 1 << 40)
     default = device.cupy.default
     default.limit, default.used, default.unused = 1000, 300, 500
 
@@ -509,6 +512,26 @@ def test_a_capture_is_of_one_thread() -> None:
     device._driver.cuLaunchKernelEx = launched
     device.capture(captured)
     assert seen == [0, 1]
+
+
+def test_a_thread_knows_the_gpus_context_before_it_launches() -> None:
+    """A new one has none before it calls the runtime, of which memory that CuPy has at hand is no call."""
+    device, bound, seen = capturing(lambda device: False), threading.local(), []
+    device.cupy.cuda.runtime.memGetInfo = lambda: setattr(bound, "here", True)
+
+    def launched(*args: Any) -> int:
+        seen.append(hasattr(bound, "here"))
+        return 0 if seen[-1] else 201
+
+    def told(*args: Any) -> int:
+        return 0 if hasattr(bound, "here") else 201
+
+    device._driver.cuLaunchKernelEx, device._driver.cuFuncSetAttribute = launched, told
+    with ThreadPoolExecutor(2) as pool:
+        for shared in (0, 1 << 16):
+            device.launch(KERNEL, (1, 1, 1), 32, (), shared)
+            pool.submit(device.launch, KERNEL, (1, 1, 1), 32, (), 2 * shared).result()
+    assert seen == [True] * 4
 
 
 @pytest.fixture
