@@ -131,6 +131,23 @@ def test_a_row_that_finds_no_room_to_be_copied_can_be_copied_later(
     assert llm.generate([5, 6, 7, 8], max_tokens=6, cache=kept, ignore_eos=True).tokens == said
 
 
+def test_where_no_row_can_be_added_those_that_were_given_back_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = model().new_cache()
+    kept, given_back = cache.add(), cache.add()
+    cache.free(given_back)
+
+    def full(self: DeviceLayerCache, *args: int) -> tuple[Array, ...]:
+        raise OutOfMemoryError("Out of memory allocating 4,096 bytes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Emulator, "guarded", guarded)
+        patch.setattr(DeviceLayerCache, "_empty", full)
+        with pytest.raises(MemoryLimitError, match="the GPU's memory is full"):
+            cache.spread(kept, 2)
+    assert cache.unused == {given_back}
+    assert cache.add() == given_back
+
+
 @pytest.mark.usefixtures("uncollected")
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_a_generation_takes_its_cache_and_graphs_with_it(interrupted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
