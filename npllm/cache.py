@@ -345,12 +345,12 @@ class Cache:
         return self._take(1)[0]
 
     def _take(self, count: int) -> list[int]:
-        slots = [self.unused.pop() for _ in range(min(count, len(self.unused)))]
-        more = range(len(self.lengths), len(self.lengths) + count - len(slots))
+        more = range(len(self.lengths), len(self.lengths) + count - len(self.unused))
+        # First, since there may be no room.
         if more:
             self._resize(more.stop, self.size)
             self.lengths += [0] * len(more)
-        return slots + list(more)
+        return [self.unused.pop() for _ in range(count - len(more))] + list(more)
 
     def free(self, slot: int) -> None:
         """Give the row's slot back; its storage serves the next `add`."""
@@ -383,10 +383,15 @@ class Cache:
         """So many new rows that begin as copies of `slot`."""
         self._check(slot)
         new = self._take(copies)
-        for target in new:
-            self.lengths[target] = self.lengths[slot]
-            for layer in self.layers:
-                layer.copy(slot, target, self.lengths[slot])
+        try:
+            for target in new:
+                self.lengths[target] = self.lengths[slot]
+                for layer in self.layers:
+                    layer.copy(slot, target, self.lengths[slot])
+        except BaseException:
+            for target in new:
+                self.free(target)
+            raise
         return new
 
     def reserve(self, length: int) -> None:

@@ -7,7 +7,8 @@ which the row still needs if it is cut back by one token: so rings have an entry
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -25,34 +26,35 @@ if TYPE_CHECKING:
     from npllm.backends.cupy_gpu.steps import Step
 
 
+def _when_asked(make: Callable[[DeviceRows], Any]) -> Any:
+    """What a field is by default: made by the first who reads it."""
+    return functools.cached_property(make)
+
+
+def _positions(rows: DeviceRows) -> Array:
+    return rows.be.asarray(positions(rows.starts, rows.counts), dtype="int64")
+
+
+def _wanted(rows: DeviceRows) -> Array | None:
+    return None if rows.ends is None else rows.be.asarray(rows.ends, dtype="int64")
+
+
+@dataclass(frozen=True)
 class DeviceRows(Rows):
     """The plan of a step whose arrays go to the device when somebody asks for them: a captured step never does.
 
     `ends`: as the wanted_W. `ahead`: the step that was launched before it was asked for, if this is to be it.
     """
 
-    def __init__(
-        self, be: Base, slots: Ints, starts: Ints, counts: Ints, ends: Sequence[int] | None, ahead: Ahead | None
-    ) -> None:
-        # Not by assignment, which a frozen class refuses.
-        self.__dict__.update(be=be, slots=slots, starts=starts, counts=counts, ends=ends, ahead=ahead)
-
+    positions_M: Array = field(init=False, repr=False, compare=False, default=_when_asked(_positions))
+    wanted_W: Array | None = field(init=False, repr=False, compare=False, default=_when_asked(_wanted))
     be: Base
     ends: Sequence[int] | None
     ahead: Ahead | None
 
     def moved(self, tokens: int) -> DeviceRows:
         """The same rows, so many tokens further."""
-        starts = tuple(start + tokens for start in self.starts)
-        return DeviceRows(self.be, self.slots, starts, self.counts, self.ends, None)
-
-    @functools.cached_property
-    def positions_M(self) -> Array:  # noqa: N802
-        return self.be.asarray(positions(self.starts, self.counts), dtype="int64")
-
-    @functools.cached_property
-    def wanted_W(self) -> Array | None:  # noqa: N802
-        return None if self.ends is None else self.be.asarray(self.ends, dtype="int64")
+        return replace(self, starts=tuple(start + tokens for start in self.starts), ahead=None)
 
 
 class DeviceLayerCache(LayerCache):
@@ -86,6 +88,11 @@ class DeviceLayerCache(LayerCache):
     def contents(self, slot: int, length: int) -> dict[str, Array]:
         # To the host, which writes them to files; `restore` takes them from there.
         return {name: self.be.to_numpy(x_GSF) for name, x_GSF in super().contents(slot, length).items()}
+
+    def restore(self, slot: int, contents: Mapping[str, Array], length: int, lost: int = 0) -> None:
+        # Through our own pieces of pinned memory: CuPy would pin as much as it is given, and keep it.
+        there = {name: self.be.device.upload(contents[name]) for name in self.spec.widths}
+        super().restore(slot, there, length, lost)
 
     def entries(self, tokens: int) -> int:
         kept = super().entries(tokens)
@@ -164,7 +171,7 @@ class DeviceCache(Cache):
 
     def _rows(self, slots: Ints, starts: Ints, counts: Ints, ends: Sequence[int] | None) -> DeviceRows:
         ahead, self.ahead = self.ahead, None
-        return DeviceRows(self.be, slots, starts, counts, ends, ahead)
+        return DeviceRows(slots, starts, counts, self.be, ends, ahead)
 
     def _resize(self, slots: int, size: int) -> None:
         # Captured steps know the old memory by its addresses, and would hold it beside the new.
@@ -172,6 +179,18 @@ class DeviceCache(Cache):
         self.steps.clear()
         with self.be.device.guarded():
             super()._resize(slots, size)
+
+    def spread(self, slot: int, copies: int) -> list[int]:
+        with self.be.device.guarded():
+            return super().spread(slot, copies)
+
+    def contents(self, slot: int, length: int | None = None) -> dict[str, Array]:
+        with self.be.device.guarded():
+            return super().contents(slot, length)
+
+    def restore(self, slot: int, contents: Mapping[str, Array], length: int, lost: Sequence[int] | None = None) -> None:
+        with self.be.device.guarded():
+            super().restore(slot, contents, length, lost)
 
     def truncate(self, slot: int, length: int) -> int:
         # Also where a slot is freed: without a plan between, it may be filled by `fork` or `restore` next.

@@ -40,7 +40,10 @@ SMALL = 8, 1 << 16
 # Bytes of pinned memory for what a step gives, at least.
 LANDING = 4096
 
-# cuda.h: an error, CUlaunchAttributeID, and what a function may be told.
+# The names of an error, the runtime's and the driver's.
+FULL = "cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY"
+
+# cuda.h: its number, CUlaunchAttributeID, and what a function may be told.
 OUT_OF_MEMORY = 2
 PROGRAMMATIC_STREAM_SERIALIZATION = 6
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
@@ -242,10 +245,14 @@ class GraphPool:
 
 
 def pinned(cupy: Any, nbytes: int) -> Any:
-    """Memory of the host that the GPU can reach; MemoryLimitError."""
+    """Memory of the host that the GPU can reach, until nobody knows it; MemoryLimitError.
+
+    Not from CuPy's pool, which takes the next power of two and gives nothing back: 8 GiB for a table of 5.
+    """
+    cuda = cupy.cuda
     try:
-        return cupy.cuda.alloc_pinned_memory(nbytes)
-    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return cuda.PinnedMemoryPointer(cuda.PinnedMemory(nbytes, cuda.runtime.hostAllocPortable), 0)
+    except cuda.runtime.CUDARuntimeError as error:
         if "cudaErrorMemoryAllocation" not in str(error):
             raise
         raise MemoryLimitError(
@@ -317,9 +324,10 @@ class CudaTurn:
 
 
 class Threads(threading.local):
-    """What each thread does: whether it captures. Others may go on meanwhile."""
+    """Of each thread, whether it captures, while others may go on; whether it knows the GPU's context."""
 
     capturing = False
+    bound = False
 
 
 class Cuda(Device):
@@ -405,17 +413,27 @@ class Cuda(Device):
         return kept_cubins()
 
     def launch(self, kernel: Kernel, grid: Grid, block: int, args: Iterable[Argument], shared: int = 0) -> None:
-        packed, function = Packed(args, self.address), ctypes.c_void_p(kernel.handle.ptr)
+        packed, function, stream = Packed(args, self.address), ctypes.c_void_p(kernel.handle.ptr), self._stream()
         # More than 48 KiB, its own arrays included, a function gets only where it was told so before.
         if shared > self._asked.get(kernel.handle.ptr, 0):
             self._check(self._driver.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared), kernel)
             self._asked[kernel.handle.ptr] = shared
         attribute = Attribute(PROGRAMMATIC_STREAM_SERIALIZATION)
         attribute.value[0] = 1
-        stream = self.cupy.cuda.get_current_stream().ptr
         dependent = int(self.dependent and self.thread.capturing)
         configuration = Configuration(*grid, block, 1, 1, shared, stream, ctypes.pointer(attribute), dependent)
         self._check(self._driver.cuLaunchKernelEx(ctypes.byref(configuration), function, packed.pointers, None), kernel)
+
+    def _stream(self) -> int:
+        """The current stream, as the driver takes it from this thread.
+
+        A thread that has called nothing of the runtime has no context, and asking CuPy for memory that it has at hand calls
+        nothing.
+        """
+        if not self.thread.bound:
+            self.cupy.cuda.runtime.memGetInfo()
+            self.thread.bound = True
+        return int(self.cupy.cuda.get_current_stream().ptr)
 
     def _check(self, status: int, kernel: Kernel | None = None) -> None:
         if status == OUT_OF_MEMORY:
@@ -457,7 +475,7 @@ class Cuda(Device):
                 graph = self._ended(stream)
             except BaseException as error:
                 self._abandon(stream)
-                if isinstance(error, (NotImplementedError, self.cupy.cuda.runtime.CUDARuntimeError)):
+                if isinstance(error, (NotImplementedError, *refusals(self.cupy))):
                     raise CannotCaptureError(str(error)) from None
                 raise
             finally:
@@ -499,8 +517,7 @@ class Cuda(Device):
             log_once("cupy: cuBLASLt is not installed; products of prompts go through slower kernels of our own")
             return None
         self._workspace = self.empty((cublaslt.WORKSPACE,), "uint8")
-        stream = self.cupy.cuda.get_current_stream
-        return cublaslt.Products(library, self.address(self._workspace), cublaslt.WORKSPACE, lambda: int(stream().ptr))
+        return cublaslt.Products(library, self.address(self._workspace), cublaslt.WORKSPACE, self._stream)
 
     def memory(self) -> Memory:
         free, total = self.cupy.cuda.runtime.memGetInfo()
@@ -518,6 +535,11 @@ class Cuda(Device):
         return MemoryErrors(self)
 
 
+def refusals(cupy: Any) -> tuple[type[Exception], type[Exception]]:
+    """What CuPy raises where the runtime says no, and where the driver does, which loads and launches kernels."""
+    return cupy.cuda.runtime.CUDARuntimeError, cupy.cuda.driver.CUDADriverError
+
+
 class MemoryErrors(contextlib.AbstractContextManager[None]):
     """Turns errors of memory, CuPy's or the runtime's, into MemoryLimitError, and gives back what no array uses."""
 
@@ -529,8 +551,8 @@ class MemoryErrors(contextlib.AbstractContextManager[None]):
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         cuda = self.device.cupy.cuda
-        # A graph's launch, or pinned memory, is no business of CuPy's pool.
-        full = isinstance(error, cuda.runtime.CUDARuntimeError) and "cudaErrorMemoryAllocation" in str(error)
+        # A graph's launch, pinned memory or a kernel's code is no business of CuPy's pool.
+        full = isinstance(error, refusals(self.device.cupy)) and any(name in str(error) for name in FULL)
         if full or isinstance(error, cuda.memory.OutOfMemoryError):
             raise memory_full(self.device) from None
 

@@ -10,6 +10,7 @@ import logging
 import re
 import shutil
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,21 @@ from npllm.registry import get_backend
 
 class RefusedError(RuntimeError):
     """What CuPy's runtime raises."""
+
+
+class DriverError(RuntimeError):
+    """What CuPy raises where the driver says no."""
+
+
+class OutOfMemoryError(MemoryError):
+    """What CuPy's memory pool raises."""
+
+
+ERRORS: dict[str, Any] = {
+    "runtime": SimpleNamespace(CUDARuntimeError=RefusedError),
+    "driver": SimpleNamespace(CUDADriverError=DriverError),
+    "memory": SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
+}
 
 
 def pretended(error: str = "", *, count: int = 1, capability: str = "90") -> Any:
@@ -127,42 +143,56 @@ def test_cupy_that_is_missing_or_for_another_cuda(error: Exception, message: str
 
 
 def test_memory_that_runs_out_is_an_error_of_ours_and_is_given_back() -> None:
-    class OutOfMemoryError(MemoryError):
-        """CuPy's."""
-
     given_back: list[bool] = []
-    names = SimpleNamespace(
-        memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError), runtime=SimpleNamespace(CUDARuntimeError=RefusedError)
-    )
     device = SimpleNamespace(
-        cupy=SimpleNamespace(cuda=names),
+        cupy=SimpleNamespace(cuda=SimpleNamespace(**ERRORS)),
         release=lambda: given_back.append(True),
         memory=lambda: SimpleNamespace(free=3 << 30),
     )
     guard: Any = cuda.MemoryErrors(device)  # type: ignore[arg-type]
-    for error in (OutOfMemoryError(), RefusedError("cudaErrorMemoryAllocation: out of memory")):
+    full: list[Exception] = [
+        OutOfMemoryError(),
+        RefusedError("cudaErrorMemoryAllocation: out of memory"),
+        DriverError("CUDA_ERROR_OUT_OF_MEMORY: out of memory"),
+    ]
+    for error in full:
         with pytest.raises(MemoryLimitError, match=r"the GPU's memory is full \(3\.0 GiB is free\): lower max_con"), guard:
             raise error
-    for other in (ZeroDivisionError(), RefusedError("cudaErrorIllegalAddress")):
+    for other in (ZeroDivisionError(), RefusedError("cudaErrorIllegalAddress"), DriverError("CUDA_ERROR_NO_BINARY_FOR_GPU")):
         with pytest.raises(type(other)), guard:
             raise other
-    assert given_back == [True, True]
+    assert given_back == [True] * len(full)
 
 
 def test_the_hosts_memory_that_runs_out_is_told_apart_from_the_gpus() -> None:
     def alloc(error: str) -> Any:
         raise RefusedError(error)
 
-    runtime = SimpleNamespace(CUDARuntimeError=RefusedError)
+    runtime = SimpleNamespace(CUDARuntimeError=RefusedError, hostAllocPortable=1)
     for error, kind, message in (
         ("cudaErrorMemoryAllocation: out of memory", MemoryLimitError, r"the host has no 32 MiB that the GPU could reach"),
         ("cudaErrorIllegalAddress", RefusedError, "cudaErrorIllegalAddress"),
     ):
-        cupy = SimpleNamespace(cuda=SimpleNamespace(alloc_pinned_memory=lambda nbytes, e=error: alloc(e), runtime=runtime))
+        cupy = SimpleNamespace(
+            cuda=SimpleNamespace(
+                runtime=runtime,
+                PinnedMemory=lambda nbytes, flags, e=error: alloc(e),
+                PinnedMemoryPointer=lambda memory, offset: memory,
+            )
+        )
         staging, landing = cuda.Staging(cupy, *cuda.LARGE), functools.partial(cuda.Landing, cupy, 32 << 20)
         for asks in (staging._piece, landing, functools.partial(cuda.pinned, cupy, 32 << 20)):
             with pytest.raises(kind, match=message):
                 asks()
+
+
+def test_a_table_in_pinned_memory_takes_no_more_than_its_bytes() -> None:
+    """As CuPy's pool would, which takes the next power of two."""
+    device: Any = object.__new__(cuda.Cuda)
+    device.cupy = cupy = Pending()
+    table = np.arange(5 << 10, dtype=np.float32).reshape(-1, 16)
+    assert device.mapped(table).tolist() == table.tolist()
+    assert cupy.sizes == [table.nbytes]
 
 
 class Pending:
@@ -172,12 +202,15 @@ class Pending:
         self.todo: list[Callable[[], None]] = []
         self.done = 0
         stream = SimpleNamespace(ptr=0)
-        runtime = SimpleNamespace(memcpyAsync=self.copy, memcpyHostToDevice=1, memcpyDeviceToHost=2)
+        runtime = SimpleNamespace(memcpyAsync=self.copy, memcpyHostToDevice=1, memcpyDeviceToHost=2, hostAllocPortable=1)
         self.cuda = SimpleNamespace(
-            runtime=runtime, get_current_stream=lambda: stream, alloc_pinned_memory=self.pinned, Event=self.event,
+            runtime=runtime, get_current_stream=lambda: stream, PinnedMemory=self.pinned, Event=self.event,
+            PinnedMemoryPointer=lambda memory, offset: memory, UnownedMemory=lambda pointer, size, owner, device: owner,
+            MemoryPointer=lambda memory, offset: memory, Device=lambda: SimpleNamespace(id=0),
             get_elapsed_time=lambda began, came: 1e3 * (came.number - began.number),
         )  # fmt: skip
-        self.allocated = 0
+        self.ndarray = lambda shape, dtype, memory: np.frombuffer(memory, dtype).reshape(shape)
+        self.sizes: list[int] = []
 
     def later(self, work: Callable[[], None]) -> int:
         self.todo.append(work)
@@ -191,8 +224,8 @@ class Pending:
     def copy(self, to: int, source: int, size: int, kind: int, stream: int) -> None:
         self.later(lambda: ctypes.memmove(to, source, size))
 
-    def pinned(self, size: int) -> Any:
-        self.allocated += 1
+    def pinned(self, size: int, flags: int) -> Any:
+        self.sizes.append(size)
 
         class Memory(ctypes.c_char * size):  # type: ignore[misc]
             ptr = property(ctypes.addressof)
@@ -270,7 +303,7 @@ def test_steps_that_follow_each_other_take_turns_with_two_landings() -> None:
     for _ in range(20):
         turn, ahead = ahead, cuda.CudaTurn(cupy, landings, graph, [on_device(memory)])
         turn.wait()
-    assert cupy.allocated == 2
+    assert len(cupy.sizes) == 2
 
 
 def interrupting(cupy: Pending) -> None:
@@ -362,10 +395,13 @@ class Capturing:
                 return "a graph"
 
         self.cuda = SimpleNamespace(
-            runtime=SimpleNamespace(streamCaptureModeRelaxed=2, CUDARuntimeError=RefusedError), Stream=Stream,
+            runtime=SimpleNamespace(
+                streamCaptureModeRelaxed=2, CUDARuntimeError=RefusedError, memGetInfo=lambda: (1 << 40, 1 << 40)
+            ),
+            Stream=Stream,
+            driver=ERRORS["driver"], memory=ERRORS["memory"],
             MemoryPool=Pool, using_allocator=lambda malloc: nothing,
             get_current_stream=lambda: SimpleNamespace(synchronize=lambda: None, ptr=0),
-            memory=SimpleNamespace(OutOfMemoryError=MemoryError),
         )  # fmt: skip
         self.default = Pool()
         self.get_default_memory_pool = lambda: self.default
@@ -403,7 +439,12 @@ def test_graphs_where_a_driver_refuses_dependent_launch(launches: bool, caplog: 
 
 def test_a_step_that_cannot_be_captured_says_why_and_leaves_dependent_launch_on() -> None:
     device = capturing(lambda device: True)
-    for work, why in ((lambda: None, "NotSupported"), (lambda: device.launch(KERNEL, (1, 1, 1), 32, ()), r"801.*a\.cu")):
+
+    def of_cupys() -> None:
+        raise DriverError("CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED: operation not permitted when stream is capturing")
+
+    ours = functools.partial(device.launch, KERNEL, (1, 1, 1), 32, ())
+    for work, why in ((lambda: None, "NotSupported"), (ours, r"801.*a\.cu"), (of_cupys, "CAPTURE_UNSUPPORTED")):
         with pytest.raises(CannotCaptureError, match=why):
             device.capture(work)
         assert (device.dependent, device.thread.capturing) == (True, False)
@@ -428,7 +469,6 @@ def test_an_interrupt_leaves_no_capture_open(when: str) -> None:
 def test_graphs_share_the_limit_of_the_process() -> None:
     """What one holds, the next one and the default pool have no more; when it goes, they have it again."""
     device, given = capturing(lambda device: False), []
-    device.cupy.cuda.runtime.memGetInfo = lambda: (1 << 40, 1 << 40)
     default = device.cupy.default
     default.limit, default.used, default.unused = 1000, 300, 500
 
@@ -472,6 +512,26 @@ def test_a_capture_is_of_one_thread() -> None:
     device._driver.cuLaunchKernelEx = launched
     device.capture(captured)
     assert seen == [0, 1]
+
+
+def test_a_thread_knows_the_gpus_context_before_it_launches() -> None:
+    """A new one has none before it calls the runtime, of which memory that CuPy has at hand is no call."""
+    device, bound, seen = capturing(lambda device: False), threading.local(), []
+    device.cupy.cuda.runtime.memGetInfo = lambda: setattr(bound, "here", True)
+
+    def launched(*args: Any) -> int:
+        seen.append(hasattr(bound, "here"))
+        return 0 if seen[-1] else 201
+
+    def told(*args: Any) -> int:
+        return 0 if hasattr(bound, "here") else 201
+
+    device._driver.cuLaunchKernelEx, device._driver.cuFuncSetAttribute = launched, told
+    with ThreadPoolExecutor(2) as pool:
+        for shared in (0, 1 << 16):
+            device.launch(KERNEL, (1, 1, 1), 32, (), shared)
+            pool.submit(device.launch, KERNEL, (1, 1, 1), 32, (), 2 * shared).result()
+    assert seen == [True] * 4
 
 
 @pytest.fixture

@@ -6,10 +6,12 @@ import contextlib
 import gc
 import shutil
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 if shutil.which("g++") is None:
@@ -23,6 +25,7 @@ from npllm.errors import MemoryLimitError
 from npllm.llm import LLM
 from npllm.models import interpret
 from tests.gpu.emulator import EmulatedBackend, Emulator
+from tests.gpu.test_device import ERRORS, OutOfMemoryError
 from tests.gpu.test_lookahead import Rows
 from tests.models import CONFIGS
 
@@ -69,17 +72,14 @@ def test_a_cache_that_grows_lets_the_old_memory_go_layer_by_layer(monkeypatch: p
     assert not any(each() is not None for each in old)
 
 
+def guarded(self: Emulator) -> contextlib.AbstractContextManager[None]:
+    """As CuPy's errors are."""
+    cupy = SimpleNamespace(cuda=SimpleNamespace(**ERRORS))
+    device: Any = SimpleNamespace(cupy=cupy, release=self.release, memory=self.memory)
+    return cuda.MemoryErrors(device)
+
+
 def test_a_cache_that_cannot_grow_says_so_in_our_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    class OutOfMemoryError(MemoryError):
-        """CuPy's."""
-
-    def guarded(self: Emulator) -> contextlib.AbstractContextManager[None]:
-        errors = SimpleNamespace(
-            memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError), runtime=SimpleNamespace(CUDARuntimeError=RuntimeError)
-        )
-        device: Any = SimpleNamespace(cupy=SimpleNamespace(cuda=errors), release=self.release, memory=self.memory)
-        return cuda.MemoryErrors(device)
-
     empty = DeviceLayerCache._empty
 
     def full(self: DeviceLayerCache, slots: int, size: int) -> tuple[Array, ...]:
@@ -94,6 +94,58 @@ def test_a_cache_that_cannot_grow_says_so_in_our_words(monkeypatch: pytest.Monke
         llm.generate([5] * 250, max_tokens=14, ignore_eos=True)
     monkeypatch.undo()
     assert len(llm.generate([5] * 250, max_tokens=14, ignore_eos=True).tokens) == 14
+
+
+@pytest.mark.parametrize(("method", "at"), [("copy", 3), ("_read", 2), ("_write", 3)])
+def test_a_row_that_finds_no_room_to_be_copied_can_be_copied_later(
+    method: str, at: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """To other rows, to a file and from one: memory runs out in the middle of it, once."""
+    llm, path = model(), tmp_path / "saved"
+    kept = llm.prompt_cache()
+    said = llm.generate([5, 6, 7, 8], max_tokens=6, cache=kept, ignore_eos=True).tokens
+    kept.save(path)
+    acts: dict[str, Callable[[], list[int] | None]] = {
+        "copy": lambda: kept.cache.spread(kept.slot, 3),
+        "_read": lambda: kept.save(path),
+        "_write": lambda: kept.load(path),
+    }
+    before, calls = getattr(DeviceLayerCache, method), [0]
+
+    def full(self: DeviceLayerCache, *args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == at:
+            raise OutOfMemoryError("Out of memory allocating 4,096 bytes")
+        return before(self, *args)
+
+    monkeypatch.setattr(Emulator, "guarded", guarded)
+    monkeypatch.setattr(DeviceLayerCache, method, full)
+    with pytest.raises(MemoryLimitError, match="the GPU's memory is full"):
+        acts[method]()
+    assert set(range(len(kept.cache.lengths))) - kept.cache.unused == {kept.slot}
+    slots = acts[method]() or [kept.slot]
+    for slot in slots:
+        held, same = kept.cache.contents(slot), kept.cache.contents(kept.slot)
+        assert all(np.array_equal(held[name], same[name]) for name in same)
+    kept.load(path)
+    assert llm.generate([5, 6, 7, 8], max_tokens=6, cache=kept, ignore_eos=True).tokens == said
+
+
+def test_where_no_row_can_be_added_those_that_were_given_back_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = model().new_cache()
+    kept, given_back = cache.add(), cache.add()
+    cache.free(given_back)
+
+    def full(self: DeviceLayerCache, *args: int) -> tuple[Array, ...]:
+        raise OutOfMemoryError("Out of memory allocating 4,096 bytes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Emulator, "guarded", guarded)
+        patch.setattr(DeviceLayerCache, "_empty", full)
+        with pytest.raises(MemoryLimitError, match="the GPU's memory is full"):
+            cache.spread(kept, 2)
+    assert cache.unused == {given_back}
+    assert cache.add() == given_back
 
 
 @pytest.mark.usefixtures("uncollected")

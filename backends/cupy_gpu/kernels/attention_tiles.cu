@@ -9,6 +9,10 @@
 #define THREADS 128
 #define QUERIES 64
 #define KEYS 64
+
+// Of a multiprocessor: for fewer, compilers spill rather than take the registers that are left; more find none to take.
+#define BLOCKS (HEAD > 128 ? 2 : HEAD > 64 ? 3 : 4)
+
 #define LOG2_E 1.4426950408889634f
 #define NOTHING (-INFINITE)
 
@@ -19,7 +23,7 @@
 // 64 keys or values from s on, those before `end`; zeros after it and behind their width.
 template <int WIDE>
 __device__ __forceinline__ void load_tile(
-    const Row &row, i64 r, i64 s, i64 end, STORAGE(x), i64 head, i64 width, i64 size, i64 aligned, const i64 *pages,
+    const Row &row, i64 r, int s, int end, STORAGE(x), i64 head, i64 width, i64 size, i64 aligned, const i64 *pages,
     i64 pages_per_row, u8 *tile) {
     const int whole = WIDE / 8;
     for (int i = threadIdx.x; i < KEYS * whole; i += THREADS) {
@@ -48,13 +52,7 @@ __device__ __forceinline__ void load_tile(
     }
 }
 
-// Whether all of these queries see all of these keys, so that none need be masked.
-__device__ __forceinline__ bool all_seen(i64 first_query, i64 last_query, i64 first_key, i64 last_key, i64 window, i64 chunk) {
-    return last_key <= first_query && (!window || last_query - first_key < window) &&
-           (!chunk || (first_key / chunk == last_query / chunk));
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS) attend_tiles(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend_tiles(
     const i64 *plan, const i64 *pages, i64 pages_per_row, i64 few, const float *q, i64 heads, i64 key_heads, i64 key_width,
     i64 value_width, STORAGE(k), STORAGE(v), i64 size, i64 aligned, i64 window, i64 chunk, float scale, float softcap,
     const float *sinks, float *out) {
@@ -67,8 +65,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_tiles(
     const i64 count = row.end - row.query;
     if (count <= few || first >= count) return;
     const i64 first_query = row.start + first, last_query = row.start + min(first + QUERIES, count) - 1;
-    const i64 begin = max((i64)0, reach(first_query, window, chunk) - row.first) / KEYS * KEYS;
-    const i64 end = min(row.count, last_query + 1 - row.first);
+    // Registers are short where heads are wide: what counts keys has 32 bits.
+    const int begin = (int)max((i64)0, reach(first_query, window, chunk) - row.first) / KEYS * KEYS;
+    const int end = (int)min(row.count, last_query + 1 - row.first);
+    // Those that all of the queries see, so that none need be masked.
+    const int seen = (int)(reach(last_query, window, chunk) - row.first);
+    const int seen_end = min(end, (int)(first_query + 1 - row.first));
 
     if (begin < end)
         load_tile<HEAD>(row, r, begin, end, k, k_slot, k_entry, k_head, head, key_width, size, aligned, pages, pages_per_row, k_tile);
@@ -94,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_tiles(
     for (int i = 0; i < 2; i++) {
         i64 t = first + WARP * 16 + group + i * 8, position = row.start + t;
         low[i] = (int)(reach(position, window, chunk) - row.first);
-        high[i] = t < count ? (int)min(end, position + 1 - row.first) : 0;
+        high[i] = t < count ? min(end, (int)(position + 1 - row.first)) : 0;
     }
     // A lane gives the address of one row of four 8 x 8 matrices.
     const u8 *q_rows = q_tile + (WARP * 16 + (LANE & 15)) * HEAD_ROW + (LANE >> 4) * 16;
@@ -102,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_tiles(
     const u8 *v_rows = v_tile + (LANE & 15) * VALUE_ROW + (LANE >> 4) * 16;
 
 #pragma unroll 1
-    for (i64 s = begin; s < end; s += KEYS) {
+    for (int s = begin; s < end; s += KEYS) {
         copy_async_wait<1>();
         __syncthreads();
         float scores[KEYS / 8][4];
@@ -128,8 +130,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_tiles(
                             pages_per_row, k_tile);
         copy_async_commit();
 
-        i64 key0 = row.first + s;
-        bool plain = s + KEYS <= end && all_seen(first_query, last_query, key0, key0 + KEYS - 1, window, chunk);
+        bool plain = seen <= s && s + KEYS <= seen_end;
         float most[2] = {top[0], top[1]};
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n++)
@@ -139,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_tiles(
 #if CAPPED
                 score = softcap * tanhf(score / softcap);
 #endif
-                int key = (int)s + n * 8 + pair * 2 + (i & 1);
+                int key = s + n * 8 + pair * 2 + (i & 1);
                 if (!plain && (key < low[i >> 1] || key >= high[i >> 1])) score = NOTHING;
                 scores[n][i] = score;
                 most[i >> 1] = fmaxf(most[i >> 1], score);
