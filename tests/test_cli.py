@@ -439,7 +439,7 @@ class Terminal:
     def send(self, text: str) -> None:
         os.write(self.ours, text.encode())
 
-    def expect(self, pattern: str, seconds: float = 20) -> str:
+    def expect(self, pattern: str, seconds: float = 60) -> str:
         """Read until `pattern` is there -> the text up to its end, which is then forgotten."""
         limit = time.monotonic() + seconds
         while (found := re.search(pattern, self.seen)) is None:
