@@ -95,7 +95,9 @@ class Machine:
             x = np.ones((SIDE, SIDE), np.float32)
             return (lambda: x @ x), 2 * SIDE**3 if name == "float32" else 0
         work = getattr(self.loops, f"{name}_work")()
-        rounds, seconds = 1000, 0.0 if work else SECONDS
+        if not work:
+            return (lambda: None), 0.0
+        rounds, seconds = 1000, 0.0
         while seconds < SECONDS / 4:
             rounds *= 4
             seconds = timed(functools.partial(self._loop, name, rounds))

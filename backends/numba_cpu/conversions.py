@@ -163,41 +163,19 @@ def narrow(typingctx, x, out, count):
     return emitting(types.void, 3, _narrow)
 
 
-def filling(kind: str, pairs: bool) -> Any:
-    """The signature and code of what widens a stretch of numbers that share a factor."""
+def _filling(kind: str, pairs: bool) -> Any:
+    """What widens a stretch of numbers that share a factor."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         _fill(Emit(builder), kind, pairs, args)
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 4, types.float32), codegen
+    @intrinsic
+    def fill(typingctx, w, at, out, count, factor):
+        return types.void(*[types.intp] * 4, types.float32), codegen
+
+    return fill
 
 
-@intrinsic
-def fill_f8(typingctx, w, at, out, count, factor):
-    return filling("f8", False)
-
-
-@intrinsic
-def fill_q8(typingctx, w, at, out, count, factor):
-    return filling("q8", False)
-
-
-@intrinsic
-def fill_q4(typingctx, w, at, out, count, factor):
-    return filling("q4", False)
-
-
-@intrinsic
-def fill_f8_pairs(typingctx, w, at, out, count, factor):
-    return filling("f8", True)
-
-
-@intrinsic
-def fill_q8_pairs(typingctx, w, at, out, count, factor):
-    return filling("q8", True)
-
-
-@intrinsic
-def fill_q4_pairs(typingctx, w, at, out, count, factor):
-    return filling("q4", True)
+fill_f8, fill_q8, fill_q4 = (_filling(kind, False) for kind in ("f8", "q8", "q4"))
+fill_f8_pairs, fill_q8_pairs, fill_q4_pairs = (_filling(kind, True) for kind in ("f8", "q8", "q4"))
