@@ -44,7 +44,7 @@ WIDEST = 640
 def shared_bytes(width: int, tiles: int) -> int:
     """The size of struct Shared of latent_attention.cu."""
     queries = tiles * QUERIES
-    return 4 * KEYS * (groups(width, 64) * 64 + 8) + queries * (16 * (KEYS + 4) + 2 * (KEYS + 8) + 20)
+    return 4 * KEYS * (groups(width, 64) * 64 + 8) + queries * (16 * (KEYS + 4) + 2 * (KEYS + 8) + 12)
 
 
 def not_latents(be: Products, keys: Keys, w: Linear) -> str | None:

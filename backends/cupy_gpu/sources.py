@@ -10,9 +10,17 @@ INCLUDE = re.compile(r'^#include "(\w+\.cuh)"\n', re.MULTILINE)
 KERNEL = re.compile(r'^extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(', re.MULTILINE)
 
 
+FOLDER = files(__package__) / "kernels"
+
+
+def text(file: str) -> str:
+    """The text of kernels/`file` as it is."""
+    return (FOLDER / file).read_text(encoding="utf-8")
+
+
 @functools.cache
 def source(file: str) -> str:
-    """The text of kernels/`file`, whole."""
+    """The text of kernels/`file`, what it includes included."""
     included: set[str] = set()
 
     def inline(found: re.Match[str]) -> str:
@@ -23,8 +31,7 @@ def source(file: str) -> str:
         return expand(name)
 
     def expand(name: str) -> str:
-        text = (files(__package__) / "kernels" / name).read_text(encoding="utf-8")
-        return INCLUDE.sub(inline, text)
+        return INCLUDE.sub(inline, text(name))
 
     return expand(file)
 

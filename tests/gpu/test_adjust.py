@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from typing import Any
 
 import numpy as np
@@ -11,16 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-if shutil.which("g++") is None:
-    pytest.skip("g++ compiles the kernels for the CPU, and is not installed", allow_module_level=True)
-
 from npllm.arrays import Array
 from npllm.backends.cupy_gpu.history import History
 from npllm.backends.cupy_gpu.sampling import settings_of
 from npllm.sampling import Sampler, Sampling, adjusted
-from tests.gpu.emulator import EmulatedBackend
+from tests.gpu.emulator import EmulatedBackend, checked, emulated
 from tests.gpu.emulator.arrays import STREAM, plain
 from tests.gpu.test_sampling import KINDS, logits
+
+pytestmark = [emulated, checked]
 
 # More than a block's logits, and as many as one has.
 SIZES = (2300, 1024, 1)

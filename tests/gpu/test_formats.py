@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-if shutil.which("g++") is None:
-    pytest.skip("g++ compiles the kernels for the CPU, and is not installed", allow_module_level=True)
-
 from npllm import grouped
 from npllm.arrays import Array
-from npllm.backend import Backend
+from npllm.backend import LN, RMS, Backend
 from npllm.backends.cupy_gpu.latent import TILES, shared_bytes
 from npllm.backends.cupy_gpu.sources import source
 from npllm.blocks.dtypes import round_to_bfloat16
@@ -23,10 +19,12 @@ from npllm.blocks.masks import CAUSAL
 from npllm.cache import Keys, Rows
 from npllm.handles import Scale, Stack, Weight
 from npllm.testing import compare
-from npllm.weights import Experts, GatedFFN, Linear
+from npllm.weights import MLP, QKV, Experts, GatedFFN, Linear
 from tests.compare import LIMITS
-from tests.gpu.emulator import EmulatedBackend
+from tests.gpu.emulator import EmulatedBackend, checked, emulated
 from tests.gpu.emulator.device import built
+
+pytestmark = [emulated, checked]
 
 # Queries, keys, values, the softmax's weights and kv_b's products are rounded to bf16, each by up to 2^-9.
 COARSE = compare.Limit(1e-2, 3e-2, "five roundings of 2^-9 in sums of some ten terms")
@@ -89,6 +87,48 @@ def test_experts(format: str, tokens: int) -> None:
     want = run(Backend("float64"), weights, x, np.clip(strange, 0, E - 1), without, "output")
     got = run(EmulatedBackend("float32"), weights, x, strange, weight, "output")
     agree(got, want)
+
+
+# Widths that are whole vectors of every format, and that no vector divides.
+WIDE, ODD = 96, 75
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4, 8, 70])
+@pytest.mark.parametrize(
+    "format", [pytest.param(name, marks=[] if name in ("bf16", "f8_e4m3", "q4") else pytest.mark.full) for name in FORMATS]
+)
+def test_products(format: str, tokens: int) -> None:
+    """All products of a dense layer, through norms, with biases and on top of a residual: of few tokens and of many."""
+    dice = np.random.default_rng(tokens)
+
+    def linear(name: str, rows: int, columns: int) -> Linear:
+        bias = Weight.of(f"{name}.bias", dice.standard_normal(rows).astype(np.float32))
+        return Linear(stored(name, dice.standard_normal((rows, columns)) / 8.0, format), bias)
+
+    heads = QKV(*(linear(name, rows, WIDE) for name, rows in (("q", 30), ("k", 10), ("v", 10))))
+    gated = GatedFFN(linear("gate", WIDE, WIDE), linear("up", WIDE, WIDE), linear("down", ODD, WIDE))
+    # Groups of 32 are whole.
+    hidden = WIDE if format in grouped.PACKED else ODD
+    mlp, gain = (
+        MLP(linear("fc", hidden, WIDE), linear("proj", WIDE, hidden)),
+        dice.uniform(0.5, 1.5, WIDE).astype(np.float32),
+    )
+    x, residual = dice.standard_normal((tokens, WIDE)), dice.standard_normal((tokens, ODD))
+
+    def computed(be: Backend) -> list[Array]:
+        x_MD, residual_MD = (be.asarray(each.astype(be.array_dtype)) for each in (x, residual))
+        plain = RMS(be.prepare(Linear(Weight.of("gain", gain))), 1e-6)
+        shifted = LN(be.prepare(Linear(Weight.of("gain", gain), Weight.of("shift", gain - 1.0))), 1e-5)
+        results = (
+            *be.project_heads(x_MD, be.prepare(heads), 10, norm=plain),
+            be.gated_ffn(x_MD, be.prepare(gated), "gelu_pytorch_tanh", norm=plain, residual_MD=residual_MD),
+            be.mlp(x_MD, be.prepare(mlp), "gelu", norm=shifted, residual_MD=x_MD),
+            be.linear(x_MD, be.prepare(gated.down_proj), residual_MD),
+        )
+        return [be.to_numpy(each) for each in results]
+
+    for got, want in zip(computed(EmulatedBackend("float32")), computed(Backend("float64")), strict=True):
+        agree(got, want)
 
 
 @pytest.mark.parametrize("tokens", [3, 20])

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 
 from npllm.testing.conformance import MODEL, conformity, trials
 from npllm.testing.operation import operations
 from npllm.testing.report import Suite
+from tests.gpu.emulator import EmulatedBackend, checked, emulated
 
-if shutil.which("g++") is None:
-    pytest.skip("g++ compiles the kernels for the CPU, and is not installed", allow_module_level=True)
-
-from tests.gpu.emulator import EmulatedBackend
+pytestmark = [emulated, checked]
 
 OPERATIONS = [op.name for op in operations() if op.backends] + [MODEL]
 

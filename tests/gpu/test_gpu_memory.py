@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-if shutil.which("g++") is None:
-    pytest.skip("g++ compiles the kernels for the CPU, and is not installed", allow_module_level=True)
-
 from npllm.arrays import Array
 from npllm.backends.cupy_gpu import cuda
 from npllm.backends.cupy_gpu.cache import DeviceCache, DeviceLayerCache
@@ -24,10 +20,12 @@ from npllm.backends.cupy_gpu.device import Memory
 from npllm.errors import MemoryLimitError
 from npllm.llm import LLM
 from npllm.models import interpret
-from tests.gpu.emulator import EmulatedBackend, Emulator
+from tests.gpu.emulator import EmulatedBackend, Emulator, emulated
 from tests.gpu.test_device import ERRORS, OutOfMemoryError
 from tests.gpu.test_lookahead import Rows
 from tests.models import CONFIGS
+
+pytestmark = emulated
 
 
 def model() -> LLM:

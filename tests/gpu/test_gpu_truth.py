@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 
-if shutil.which("g++") is None:
-    pytest.skip("g++ compiles the kernels for the CPU, and is not installed", allow_module_level=True)
-
 import npllm
 from npllm import loading
 from npllm.testing.conformance import stepped
 from tests.compare import agree
 from tests.export import CASES
-from tests.gpu.emulator import EmulatedBackend
+from tests.gpu.emulator import EmulatedBackend, checked, emulated
 from tests.test_truth import MODELS, limit, truth
+
+pytestmark = [emulated, checked]
 
 # What the first case of an architecture does not have (tests/gpu/test_models.py runs that); the others are for
 # `pytest -m full`.

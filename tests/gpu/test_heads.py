@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-if shutil.which("g++") is None:
-    pytest.skip("g++ compiles the kernels for the CPU, and is not installed", allow_module_level=True)
 
 from npllm.arrays import Array
 from npllm.backend import LN, RMS, Backend, HeadNorms, Norm
@@ -20,7 +16,9 @@ from npllm.cache import Cache, LayerSpec
 from npllm.handles import Weight
 from npllm.weights import LatentKV, LatentQ, Linear
 from tests.compare import agree
-from tests.gpu.emulator import EmulatedBackend
+from tests.gpu.emulator import EmulatedBackend, checked, emulated
+
+pytestmark = [emulated, checked]
 
 
 class Heads(NamedTuple):

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
-if shutil.which("g++") is None:
-    pytest.skip("g++ compiles the kernels for the CPU, and is not installed", allow_module_level=True)
-
 from npllm.generation import State
 from npllm.llm import LLM
 from npllm.models import interpret
 from npllm.sampling import Sampler, Sampling
-from tests.gpu.emulator import EmulatedBackend
+from tests.gpu.emulator import EmulatedBackend, emulated
 from tests.gpu.emulator.launches import Launches
 from tests.models import CONFIGS
+
+pytestmark = emulated
 
 HEADS = ["gemv", "place_heads", "attend", "gemv"]
 LATENTS = ["gemv", "gemv", "place_latents", "absorb", "attend_latents", "unabsorb", "gemv"]

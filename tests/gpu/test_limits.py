@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
-
-if shutil.which("g++") is None:
-    pytest.skip("g++ compiles the kernels for the CPU, and is not installed", allow_module_level=True)
 
 from npllm.backend import Backend
 from npllm.backends.cupy_gpu.attention import LANES, TILE_WIDTHS, shape_of
@@ -22,8 +18,10 @@ from npllm.cache import Keys, Rows
 from npllm.handles import Stack, Weight
 from npllm.weights import Experts, Linear
 from tests.compare import agree
-from tests.gpu.emulator import EmulatedBackend, Emulator
+from tests.gpu.emulator import EmulatedBackend, Emulator, emulated
 from tests.gpu.emulator.device import allowed
+
+pytestmark = emulated
 
 # Bytes of shared memory that a block may have: sm_86 and sm_89, sm_80, sm_90.
 LIMITS = (99 * 1024, 163 * 1024, 227 * 1024)
@@ -130,7 +128,8 @@ def test_what_the_arrays_of_attention_take() -> None:
         macros = {"STORED": 2, "LANES": lanes, "KEYS": shape.tile, "VALUES": 1}
         device.kernel("attention.cu", "attend", macros)
         laid = device.arrays["attention.cu", "attend", *sorted(macros.items())]  # type: ignore[attr-defined]
-        assert laid <= shape.arrays <= laid + 64
+        # Rounded up to 8 where a library ends.
+        assert laid - 8 < shape.arrays <= laid + 64
 
 
 @pytest.mark.parametrize("dtype", ["float32"])

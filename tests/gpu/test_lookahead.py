@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,6 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-if shutil.which("g++") is None:
-    pytest.skip("g++ compiles the kernels for the CPU, and is not installed", allow_module_level=True)
-
 from npllm.backend import Backend
 from npllm.backends.cupy_gpu.cache import DeviceCache
 from npllm.errors import MemoryLimitError, NumericsError
@@ -23,12 +19,14 @@ from npllm.llm import LLM
 from npllm.models import interpret
 from npllm.sampling import Drawn, Sampler, Sampling
 from npllm.tokenizer import Tokenizer
-from tests.gpu.emulator import EmulatedBackend, Emulator
+from tests.gpu.emulator import EmulatedBackend, Emulator, emulated
 from tests.gpu.emulator.arrays import STREAM, plain
 from tests.gpu.emulator.device import EmulatedTurn
 from tests.gpu.emulator.launches import Launches
 from tests.models import CONFIGS
 from tests.talker import make_talker
+
+pytestmark = emulated
 
 PROMPTS = [[5, 9, 33, 7], [11], [200, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]]
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import NamedTuple
 
 import pytest
 
-if shutil.which("g++") is None:
-    pytest.skip("g++ compiles the kernels for the CPU, and is not installed", allow_module_level=True)
-
-from npllm.backends.cupy_gpu import sources
 from npllm.testing.conformance import conformity, trials
-from tests.gpu.emulator import EmulatedBackend, Emulator
-from tests.gpu.emulator import device as emulated
+from tests.gpu.emulator import EmulatedBackend, emulated
+from tests.gpu.planted import plant
+
+pytestmark = emulated
 
 
 class Mistake(NamedTuple):
@@ -31,15 +28,15 @@ class Mistake(NamedTuple):
 
 # Found each time, then those that `pytest -m full` runs besides.
 OFTEN = (
-    Mistake("route.cu", "there < place", "there > place", "route/ties"),
+    Mistake("route.cuh", "there < place", "there > place", "route/ties"),
     Mistake("moe_plan.cu", "if (w < WARP) ahead += before[w];", "", "moe/skewed"),
     Mistake("latent_attention.cu", "s + key <= last_seen", "s + key < last_seen", "latent_attention/decode", "stored"),
 )
 
 RARELY = (
-    Mistake("route.cu", "pair && second >= 0", "false", "route/deepseek-v3"),
-    Mistake("route.cu", "bits & 0x80000000u ? 0u - bits", "bits & 0x80000000u ? bits", "route/strong-corrections"),
-    Mistake("route.cu", "(sum + floor)", "sum", "route/vanishing"),
+    Mistake("route.cuh", "pair && second >= 0", "false", "route/deepseek-v3"),
+    Mistake("route.cuh", "bits & 0x80000000u ? 0u - bits", "bits & 0x80000000u ? bits", "route/strong-corrections"),
+    Mistake("route.cuh", "(sum + floor)", "sum", "route/vanishing"),
     Mistake("moe_few.cu", "c += WARPS", "c += 2 * WARPS", "moe/decode-batch"),
     Mistake("moe_many.cu", "i % 2 ? ups : gates", "i % 2 ? gates : ups", "moe/mixtral"),
     Mistake("moe_many.cu", "stack_entry(down, expert)", "stack_entry(down, 0)", "moe/crowded"),
@@ -52,7 +49,7 @@ RARELY = (
     Mistake("absorb.cu", "w < WARPS; w++) sum += room", "w < 1; w++) sum += room", "latent_attention/decode"),
     Mistake("absorb.cu", "sum * inverse", "sum", "latent_attention/decode-300", "stored"),
     Mistake("heads.cu", "c[l] * inverse", "c[l]", "latent_project/odd"),
-    Mistake("heads.cu", "interleaved ? k & 1 : k >= pairs", "k & 1", "latent_project/prefill-halves"),
+    Mistake("turn.cuh", "interleaved ? k & 1 : k >= pairs", "k & 1", "latent_project/prefill-halves"),
     Mistake("latent.cu", "from[n - turning]", "from[n - turning - 1]", "latent_expand/value-wider"),
 )  # fmt: skip
 
@@ -61,14 +58,12 @@ RARELY = (
 def planted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Mistake:
     """The mistake, in a device of its own."""
     mistake: Mistake = request.param
-    text = sources.source(mistake.file) if mistake.file.endswith(".cu") else ""
-    assert not text or text.count(mistake.right) == 1, "the line that was right has changed"
 
-    def source(file: str) -> str:
-        return sources.source(file).replace(mistake.right, mistake.wrong)
+    def change(text: str) -> str:
+        assert text.count(mistake.right) == 1, "the line that was right has changed"
+        return text.replace(mistake.right, mistake.wrong)
 
-    monkeypatch.setattr(emulated, "source", source)
-    monkeypatch.setattr(EmulatedBackend, "shared_device", Emulator())
+    plant(monkeypatch, mistake.file, change)
     return mistake
 
 

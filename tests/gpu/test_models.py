@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-
-if shutil.which("g++") is None:
-    pytest.skip("g++ compiles the kernels for the CPU, and is not installed", allow_module_level=True)
 
 from npllm.backend import Backend, log_once
 from npllm.backends.cupy_gpu import base
@@ -26,11 +22,13 @@ from npllm.models import interpret
 from npllm.weights import build_tree, leaves, random_weights
 from tests.compare import agree
 from tests.export import CASES, ONE_OF_EACH, TRUTH
-from tests.gpu.emulator import EmulatedBackend, Emulator
+from tests.gpu.emulator import EmulatedBackend, Emulator, checked, emulated
 from tests.gpu.emulator.arrays import STREAM
 from tests.gpu.emulator.launches import Launches
 from tests.models import CONFIGS
 from tests.steps import in_pieces
+
+pytestmark = [emulated, checked]
 
 MODELS = TRUTH / "models"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -15,6 +17,7 @@ import npllm
 from npllm import LLM
 from npllm.arrays import Array
 from npllm.backend import Backend
+from npllm.backends.cupy_gpu.backend import CupyBackend
 from npllm.errors import BackendError
 from npllm.models import interpret
 from npllm.numpy_backend import NumpyBackend
@@ -24,12 +27,17 @@ from npllm.testing.operation import operations
 from tests import strategies as our
 from tests.compare import agree
 from tests.export import CASES, TRUTH
+from tests.gpu import test_formats, test_heads, test_route, test_sampling
+from tests.gpu.test_bfloat16_keys import InBoth, attended
+from tests.gpu.test_formats import FORMATS
+from tests.gpu.test_sampling import SIZES
 from tests.models import CONFIGS
 from tests.steps import in_pieces, step
 
 pytestmark = pytest.mark.gpu
 
 OPERATIONS = [op.name for op in operations() if op.backends] + [MODEL]
+KINDS = ("float32", "bfloat16")
 PROMPTS = [[5, 9, 33, 7], [11], [200, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]]
 
 
@@ -91,6 +99,36 @@ def ragged(llm: LLM, rows: list[Array]) -> Array:
     got = step(llm, cache, slots, [row[: len(row) // 2] for row in rows])
     got += step(llm, cache, slots[::-1], [row[len(row) // 2 :] for row in rows[::-1]])
     return np.concatenate(got)
+
+
+# -- what the kit does not ask: tests of the emulated device, on the GPU ----------------------------------------------------
+
+KERNELS: list[tuple[Callable[..., None], dict[str, Any]]] = [
+    *((test_formats.test_products, {"format": name, "tokens": n}) for name in FORMATS for n in (1, 2, 4, 8, 70)),
+    *((test_formats.test_experts, {"format": name, "tokens": n}) for name in FORMATS for n in (3, 20)),
+    *((test_formats.test_absorbed_latents, {"format": name, "stored_keys": kind}) for name in FORMATS for kind in KINDS),
+    *((test_heads.test_heads_go_to_the_cache, {"kv_dtype": kind}) for kind in (None, "bfloat16")),
+    *((test_heads.test_a_norm_after_a_branch, {"kind": kind, "width": 1100}) for kind in ("rms", "unit", "layer")),
+    (test_heads.test_streams_are_predicted_from_all_of_them, {"tokens": 3, "streams": 2, "width": 5}),
+    (test_route.test_any_router, {}),
+    *((test_sampling.test_the_host_draws_the_same, {"kind": k, "size": n}) for k in test_sampling.KINDS for n in SIZES),
+    *((test_sampling.test_few_of_many, {"kind": kind}) for kind in ("plain", "ties", "peaked")),
+    (test_sampling.test_any_settings, {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("test", "of"), KERNELS, ids=[f"{test.__name__}-{'-'.join(map(str, of.values()))}" for test, of in KERNELS]
+)
+def test_kernels(test: Callable[..., None], of: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[test.__module__], "EmulatedBackend", CupyBackend)
+    test(**of)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "stored"])
+@pytest.mark.parametrize("operation", ["attention", "latent_attention"])
+def test_keys_in_bfloat16(operation: str, dtype: str) -> None:
+    attended(InBoth, operation, dtype)
 
 
 # -- ring 3: truth ----------------------------------------------------------------------------------------------------------

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-if shutil.which("g++") is None:
-    pytest.skip("g++ compiles the kernels for the CPU, and is not installed", allow_module_level=True)
-
 from npllm.arrays import Array
 from npllm.backends.cupy_gpu.sampling import settings_of
 from npllm.errors import NumericsError
 from npllm.sampling import Sampler, Sampling
-from tests.gpu.emulator import EmulatedBackend
+from tests.gpu.emulator import EmulatedBackend, checked, emulated
+
+pytestmark = [emulated, checked]
 
 # The kernel is compiled for a vocabulary: one read by fours, one that cannot be, and one of a single token.
 SIZES = (2300, 333, 1)
@@ -26,7 +23,7 @@ WAYS = (
     {"temperature": 2.0, "top_p": 0.8}, {"temperature": 0.1, "top_k": 8}, {"temperature": 1.0, "min_p": 0.3},
     {"temperature": 1.0, "top_k": 12, "top_p": 0.6}, {"temperature": 1.0, "top_k": 1}, {"temperature": 1e-310},
     {"temperature": 1.0, "top_p": 1e-9}, {"temperature": 1.0, "top_k": 5000}, {"temperature": 1.0, "min_p": 1.0},
-    {"temperature": 100.0, "top_p": 0.5},
+    {"temperature": 100.0, "top_p": 0.5}, {"temperature": 1.0, "top_k": 1, "top_p": 0.5},
 )  # fmt: skip
 
 

@@ -188,7 +188,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend_tiles(
                               pages_per_row, v_tile);
         copy_async_commit();
     }
-    copy_async_wait<0>();
 
 #pragma unroll
     for (int i = 0; i < 2; i++) {

@@ -111,19 +111,20 @@ __device__ __forceinline__ float warp_max(float x) {
     for (int step = 16; step; step >>= 1) x = fmaxf(x, __shfl_xor_sync(FULL, x, step));
     return x;
 }
-// Whether this block is the last of `blocks` that draw this ticket, which lies at zero before and after. What the others
-// wrote before they drew is seen by load_shared_by_blocks. `room` is a number in shared memory. Three barriers.
+// Whether this block is the last of `blocks` that draw this ticket, which lies at zero before and after: then it sees what
+// the others wrote before they drew. `room` is a number in shared memory. Three barriers.
 __device__ __forceinline__ bool is_last(u32 *ticket, u32 blocks, u32 *room) {
-    __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) *room = atomicAdd(ticket, 1u);
+    if (threadIdx.x == 0) {
+        // The fences of the thread that draws speak for all whom it has met at the barrier before, or meets at the next one.
+        __threadfence();
+        *room = atomicInc(ticket, blocks - 1);
+        __threadfence();
+    }
     __syncthreads();
     bool last = *room == blocks - 1;
     __syncthreads();
-    if (!last) return false;
-    __threadfence();
-    if (threadIdx.x == 0) *ticket = 0;
-    return true;
+    return last;
 }
 // The sum over all threads of a block, in each of them; `room` holds a number per warp. Two barriers.
 __device__ __forceinline__ float block_sum(float x, float *room) {

@@ -24,8 +24,8 @@ struct Shared {
     u16 keys[2][KEYS * STRIDE];
     float scores[HEAD_TILES][4][16][KEYS + 4];
     u16 p[LANES * P_STRIDE];
-    // Of each query: its maximum, its total, what its sums are to shrink by, and the keys that it sees.
-    float top[LANES], total[LANES], shrink[LANES];
+    // Of each query: what its sums are to shrink by, and the keys that it sees.
+    float shrink[LANES];
     int first_seen[LANES], last_seen[LANES];
 };
 
@@ -98,16 +98,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_latents(
 #pragma unroll
         for (int i = 0; i < 4; i++) sums[j][i] = 0;
 
-    // Eight threads have a query's scores.
+    // Eight threads have a query's scores, and each of them their maximum and total so far.
     const int lane = threadIdx.x / 8, first_key = threadIdx.x % 8 * (KEYS / 8);
+    float top = NOTHING, total = 0;
     for (int i = threadIdx.x; i < LANES; i += THREADS) {
         i64 position = row.start + (first_lane + i) / heads;
         shared.first_seen[i] = i < used ? (int)max((i64)0, reach(position, window, chunk) - row.first) : end;
         shared.last_seen[i] = (int)min((i64)end, position + 1 - row.first) - 1;
-        shared.top[i] = NOTHING;
-        shared.total[i] = 0;
     }
-    __syncthreads();
 
     if (begin < end) load_tile(row, r, begin, end, x, x_slot, x_entry, x_head, size, aligned, pages, pages_per_row, shared.keys[0]);
     int turn = 0;
@@ -133,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_latents(
         }
         __syncthreads();
 
-        float scores[KEYS / 8], top = shared.top[lane], most = top, sum = 0;
+        float scores[KEYS / 8], most = top, sum = 0;
         int first_seen = shared.first_seen[lane], last_seen = shared.last_seen[lane];
 #pragma unroll
         for (int i = 0; i < KEYS / 8; i++) {
@@ -154,11 +152,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_latents(
             *(u32 *)(shared.p + lane * P_STRIDE + first_key + i) = bf16_pair(a, b);
         }
         for (int step = 4; step; step >>= 1) sum += __shfl_xor_sync(FULL, sum, step);
-        if (threadIdx.x % 8 == 0) {
-            shared.top[lane] = most;
-            shared.total[lane] = shared.total[lane] * shrink + sum;
-            shared.shrink[lane] = shrink;
-        }
+        if (threadIdx.x % 8 == 0) shared.shrink[lane] = shrink;
+        total = total * shrink + sum;
+        top = most;
         __syncthreads();
 
         float upper = shared.shrink[tile * 16 + group], lower = shared.shrink[tile * 16 + group + 8];
@@ -184,8 +180,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_latents(
     const i64 first_record = row_of_plan(plan, r).query * heads + first_lane;
     if (threadIdx.x % 8 == 0 && lane < used) {
         float *record = partial + ((first_record + lane) * splits + split) * (LATENT + 2);
-        record[0] = shared.top[lane];
-        record[1] = shared.total[lane];
+        record[0] = top;
+        record[1] = total;
     }
     if (begin >= end) return;
 #pragma unroll

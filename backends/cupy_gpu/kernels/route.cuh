@@ -15,7 +15,7 @@ __device__ __forceinline__ u32 key_of(float x) {
     return bits & 0x80000000u ? 0u - bits : bits | 0x80000000u;
 }
 
-// The place of the largest key, the lowest of equal ones, in every lane; it is taken.
+// The place of the largest key, the lowest of equal ones, in every lane; it is taken. A lane touches every 32nd key only.
 __device__ __forceinline__ int take_best(u32 *keys, int count) {
     u32 key = TAKEN;
     int place = count;
@@ -26,8 +26,7 @@ __device__ __forceinline__ int take_best(u32 *keys, int count) {
         int there = __shfl_xor_sync(FULL, place, step);
         if (other > key || (other == key && there < place)) key = other, place = there;
     }
-    if (LANE == 0) keys[place] = TAKEN;
-    __syncwarp();
+    if (LANE == place % 32) keys[place] = TAKEN;
     return place;
 }
 
@@ -59,17 +58,17 @@ __device__ __forceinline__ u32 worth_of(const float *group, int size, bool pair)
 __device__ __forceinline__ void close_groups(const Rule &rule, const float *ranks, u32 *keys, u32 *worth) {
     int size = (int)(rule.experts / rule.groups);
     for (int g = LANE; g < rule.groups; g += 32) worth[g] = worth_of(ranks + g * size, size, rule.pair);
-    __syncwarp();
     for (int i = 0; i < rule.kept; i++) take_best(worth, (int)rule.groups);
+    __syncwarp();
     for (int e = LANE; e < rule.experts; e += 32)
         if (worth[e / size] != TAKEN) keys[e] = key_of(-INFINITE);
-    __syncwarp();
 }
 
 // Numbers of shared memory that a warp works in: scores, ranks and keys of all experts, and what groups are worth.
 __device__ __forceinline__ i64 room_of(const Rule &rule) { return 3 * rule.experts + rule.groups; }
 
-// From a token's logits, its experts and their weights.
+// From a token's logits, its experts and their weights. A lane reads and writes what is of every 32nd expert, but for what
+// groups are worth and the scores of experts that were chosen.
 __device__ __forceinline__ void choose(
     const float *logits, const float *correction, const Rule &rule, float floor, float scale, float *room, i64 *index,
     float *weight) {

@@ -23,8 +23,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) route_few(
     float *mine = (float *)staged + WARP * (room_of(rule) + rule.experts), *own = mine + room_of(rule);
     for (int t = WARP; t < tokens; t += WARPS) {
         for (int e = LANE; e < rule.experts; e += 32) own[e] = load_shared_by_blocks(logits + t * rule.experts + e);
-        __syncwarp();
         choose(own, correction_E, rule, floor, scale, mine, index_MC + t * rule.choices, weight_MC + t * rule.choices);
-        __syncwarp();
     }
 }

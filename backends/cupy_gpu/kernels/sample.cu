@@ -133,7 +133,6 @@ template <class Measure> __device__ __forceinline__ Crossing crossing(const Row 
     u64 above = 0;
     while (low < high) {
         int bits = max(0, 32 - BINS_LOG2 - __clz((int)(high - low)));
-        __syncthreads();
         for (int b = threadIdx.x; b < BINS; b += THREADS) bins[0][b] = bins[1][b] = 0;
         __syncthreads();
         each_logit(row.logits, [=](float x, int) {
@@ -198,7 +197,6 @@ __device__ u64 mass_of(const Row &row, Kept kept) {
 
 // A key that `count` logits reach, or more: so many parts of the row do by their largest one. 0 where parts are fewer.
 __device__ __forceinline__ u32 reached_by(const u64 *tops, int parts, i64 count) {
-    __syncthreads();
     if (threadIdx.x == 0) found[0] = 0;
     __syncthreads();
     for (int part = threadIdx.x; part < parts; part += THREADS) {

@@ -7,8 +7,8 @@
 #define __launch_bounds__(...)
 #define __restrict__
 #define __align__(n) __attribute__((aligned(n)))
-// Blocks run one by one, so one copy serves; the section is poisoned before each block.
-#define __shared__ static __attribute__((section("npllm_shared"), aligned(16)))
+// Blocks run one by one, so one copy serves. A kernel's library holds no other variables: all are poisoned before each block.
+#define __shared__ static __attribute__((aligned(16)))
 
 struct Index3 { unsigned x, y, z; };
 struct uint2 { unsigned x, y; };
@@ -22,12 +22,21 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 
 // -- the runtime (runtime.cpp) ----------------------------------------------------------------------------------------
 extern "C" {
-extern Index3 threadIdx, blockIdx, blockDim, gridDim;
-extern unsigned emu_lane_of_block;       // the running thread's number in its block
-extern unsigned char *emu_shared;        // dynamic shared memory
-extern int emu_misaligned;               // whether a vector was read at an address that is no multiple of its size
+// The running thread and its number in its block, dynamic shared memory, and whether a vector was read at an address that is
+// no multiple of its size.
+extern struct Running {
+    Index3 thread, block, threads, blocks;
+    unsigned number;
+    unsigned char *shared;
+    int misaligned;
+} emu;
+#define threadIdx emu.thread
+#define blockIdx emu.block
+#define blockDim emu.threads
+#define gridDim emu.blocks
 void emu_block_barrier();
 void emu_warp_barrier();
+void emu_warp_order();                   // what lanes did before, others of their warp see after it
 unsigned *emu_exchange(unsigned words);  // room of the running warp for 32 lanes x words; another one at each call
 int emu_run(const Index3 *grid, const Index3 *block, unsigned shared, unsigned seed, void (*kernel)(void **), void **args,
             unsigned char *begin, unsigned char *end);
@@ -41,9 +50,30 @@ void *memcpy(void *, const void *, unsigned long);
 #endif
 }
 
+// Accesses in these are not what a kernel does.
+#define EMU_UNCHECKED __attribute__((no_sanitize("thread")))
+
+// Told to the checker (checker.cpp), where there is one: a copy's access, a read that no cache keeps in order with writes,
+// that the kernels ahead were waited for, a fence, and an atomic.
+#ifdef EMU_CHECKED
+extern "C" {
+void emu_touch(const void *, unsigned size, int write);
+void emu_fixed(const void *);
+void emu_waited();
+void emu_fence();
+void emu_atomic(const void *, unsigned size);
+}
+#else
+inline void emu_touch(const void *, unsigned, int) {}
+inline void emu_fixed(const void *) {}
+inline void emu_waited() {}
+inline void emu_fence() {}
+inline void emu_atomic(const void *, unsigned) {}
+#endif
+
 inline void __syncthreads() { emu_block_barrier(); }
-inline void __syncwarp(unsigned = ~0u) { emu_warp_barrier(); }
-inline void __threadfence() {}
+inline void __syncwarp(unsigned = ~0u) { emu_warp_order(); }
+inline void __threadfence() { emu_fence(); }
 inline float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
 inline unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
 inline int __float_as_int(float f) { return (int)__float_as_uint(f); }
@@ -64,7 +94,7 @@ inline int __ffs(unsigned x) { return __builtin_ffs((int)x); }
 
 template <class T> inline T emu_shuffle(T value, unsigned source) {
     static_assert(sizeof(T) == 4, "shuffles move 4 bytes");
-    unsigned lane = emu_lane_of_block & 31, *room = emu_exchange(1);
+    unsigned lane = emu.number & 31, *room = emu_exchange(1);
     memcpy(room + lane, &value, 4);
     emu_warp_barrier();
     memcpy(&value, room + (source & 31), 4);
@@ -72,42 +102,49 @@ template <class T> inline T emu_shuffle(T value, unsigned source) {
 }
 template <class T> inline T __shfl_sync(unsigned, T value, int source) { return emu_shuffle(value, source); }
 template <class T> inline T __shfl_xor_sync(unsigned, T value, int mask) {
-    return emu_shuffle(value, (emu_lane_of_block & 31) ^ mask);
+    return emu_shuffle(value, (emu.number & 31) ^ mask);
 }
 template <class T> inline T __shfl_down_sync(unsigned, T value, unsigned delta) {
-    unsigned lane = emu_lane_of_block & 31;
+    unsigned lane = emu.number & 31;
     return emu_shuffle(value, lane + delta < 32 ? lane + delta : lane);
 }
 template <class T> inline T __shfl_up_sync(unsigned, T value, unsigned delta) {
-    unsigned lane = emu_lane_of_block & 31;
+    unsigned lane = emu.number & 31;
     return emu_shuffle(value, lane >= delta ? lane - delta : lane);
 }
 inline unsigned __ballot_sync(unsigned, int predicate) {
     unsigned *room = emu_exchange(1), result = 0;
-    room[emu_lane_of_block & 31] = predicate != 0;
+    room[emu.number & 31] = predicate != 0;
     emu_warp_barrier();
     for (int i = 0; i < 32; i++) result |= (room[i] & 1) << i;
     return result;
 }
 
-template <class T> inline T emu_update(T *place, T value) { T old = *place; *place = value; return old; }
-template <class T> inline T atomicAdd(T *place, T value) { return emu_update(place, (T)(*place + value)); }
-template <class T> inline T atomicOr(T *place, T value) { return emu_update(place, (T)(*place | value)); }
-template <class T> inline T atomicMax(T *place, T value) { return emu_update(place, max(*place, value)); }
-template <class T> inline T atomicMin(T *place, T value) { return emu_update(place, min(*place, value)); }
-template <class T> inline T atomicExch(T *place, T value) { return emu_update(place, value); }
-template <class T> inline T atomicCAS(T *place, T expected, T value) {
-    return emu_update(place, *place == expected ? value : *place);
+template <class T, class F> EMU_UNCHECKED T emu_updated(T *place, F made) {
+    T old = *place;
+    *place = made(old);
+    return old;
+}
+template <class T, class F> __attribute__((always_inline)) inline T emu_update(T *place, F made) {
+    emu_atomic(place, sizeof(T));
+    return emu_updated(place, made);
+}
+#define EMU_ATOMIC template <class T> __attribute__((always_inline)) inline T
+EMU_ATOMIC atomicAdd(T *place, T value) { return emu_update(place, [=](T old) { return (T)(old + value); }); }
+EMU_ATOMIC atomicOr(T *place, T value) { return emu_update(place, [=](T old) { return (T)(old | value); }); }
+EMU_ATOMIC atomicInc(T *place, T last) {
+    return emu_update(place, [=](T old) { return old >= last ? 0 : old + 1; });
 }
 
 // -- twins of what common.cuh writes in PTX ---------------------------------------------------------------------------
-#define DYNAMIC_SHARED(name) unsigned char *name = emu_shared
-inline void wait_for_inputs() {}
+#define DYNAMIC_SHARED(name) unsigned char *name = emu.shared
+inline void wait_for_inputs() { emu_waited(); }
 inline void release_dependents() {}
 // Vectors begin at multiples of 16 bytes: noted, and told when the launch ends.
-inline void emu_vector_at(const void *p) { if ((unsigned long)p % 16) emu_misaligned = 1; }
+inline void emu_vector_at(const void *p) { if ((unsigned long)p % 16) emu.misaligned = 1; }
 template <class T> inline T load_once(const T *p) {
     if (sizeof(T) == 16) emu_vector_at(p);
+    emu_fixed(p);
     return *p;
 }
 template <class T> inline T load_shared_by_blocks(const T *p) { return *p; }
@@ -129,6 +166,7 @@ inline void copy_async16(void *shared, const void *global, bool valid = true) {
     emu_vector_at(shared), emu_vector_at(global);
     c->group[c->count] = c->groups;
     c->queue[c->count++] = {shared, global, !valid};
+    emu_touch(shared, 16, 1);
 }
 inline void copy_async_commit() { emu_copies()->groups++; }
 template <int LEFT> inline void copy_async_wait() {
@@ -136,6 +174,8 @@ template <int LEFT> inline void copy_async_wait() {
     int kept = 0;
     for (int i = 0; i < c->count; i++) {
         if (c->group[i] >= c->groups - LEFT) { c->queue[kept] = c->queue[i]; c->group[kept++] = c->group[i]; continue; }
+        emu_touch(c->queue[i].to, 16, 1);
+        if (!c->queue[i].zero) emu_touch(c->queue[i].from, 16, 0);
         if (c->queue[i].zero) __builtin_memset(c->queue[i].to, 0, 16); else memcpy(c->queue[i].to, c->queue[i].from, 16);
     }
     c->count = kept;
@@ -143,7 +183,7 @@ template <int LEFT> inline void copy_async_wait() {
 
 // ldmatrix.x4.trans: matrices are [8 rows][8 numbers of 2 bytes].
 inline void load_turned(unsigned pairs[4], const void *row) {
-    unsigned *room = emu_exchange(2), lane = emu_lane_of_block & 31;
+    unsigned *room = emu_exchange(2), lane = emu.number & 31;
     if ((unsigned long)row % 16) __builtin_trap();
     memcpy(room + 2 * lane, &row, 8);
     emu_warp_barrier();
@@ -160,7 +200,7 @@ inline void load_turned(unsigned pairs[4], const void *row) {
 
 // ldmatrix.x4.
 inline void load_matrices(unsigned pairs[4], const void *row) {
-    unsigned *room = emu_exchange(2), lane = emu_lane_of_block & 31;
+    unsigned *room = emu_exchange(2), lane = emu.number & 31;
     if ((unsigned long)row % 16) __builtin_trap();
     memcpy(room + 2 * lane, &row, 8);
     emu_warp_barrier();
@@ -173,7 +213,7 @@ inline void load_matrices(unsigned pairs[4], const void *row) {
 
 // mma.sync.m16n8k16, bf16 pairs, float32 sums: fragments as in the PTX ISA, "Matrix fragments for mma.m16n8k16".
 inline void mma_bf16(float d[4], const unsigned a[4], const unsigned b[2]) {
-    unsigned *room = emu_exchange(6), lane = emu_lane_of_block & 31, group = lane >> 2, pair = lane & 3;
+    unsigned *room = emu_exchange(6), lane = emu.number & 31, group = lane >> 2, pair = lane & 3;
     for (int i = 0; i < 4; i++) room[lane * 6 + i] = a[i];
     for (int i = 0; i < 2; i++) room[lane * 6 + 4 + i] = b[i];
     emu_warp_barrier();
@@ -198,17 +238,18 @@ template <int N, int... I> struct EmuCount : EmuCount<N - 1, N - 1, I...> {};
 template <int... I> struct EmuCount<0, I...> { typedef EmuIndices<I...> type; };
 template <class T> struct EmuPlain { typedef T type; };
 template <class T> struct EmuPlain<const T> { typedef T type; };
-template <class... A, int... I> inline void emu_apply(void (*kernel)(A...), void **args, EmuIndices<I...>) {
+template <class... A, int... I> EMU_UNCHECKED void emu_apply(void (*kernel)(A...), void **args, EmuIndices<I...>) {
     kernel(*(typename EmuPlain<A>::type *)args[I]...);
 }
-template <class... A> inline void emu_call(void (*kernel)(A...), void **args) {
+template <class... A> EMU_UNCHECKED void emu_call(void (*kernel)(A...), void **args) {
     emu_apply(kernel, args, typename EmuCount<sizeof...(A)>::type());
 }
-extern unsigned char __start_npllm_shared[] __attribute__((weak, visibility("hidden")));
-extern unsigned char __stop_npllm_shared[] __attribute__((weak, visibility("hidden")));
-extern "C" inline __attribute__((used)) unsigned emu_static_shared() { return __stop_npllm_shared - __start_npllm_shared; }
+// What the linker calls the beginning and the end of a library's variables.
+extern unsigned char __bss_start[] __attribute__((visibility("hidden")));
+extern unsigned char _end[] __attribute__((visibility("hidden")));
+extern "C" inline __attribute__((used)) unsigned emu_static_shared() { return _end - __bss_start; }
 #define EMU_ENTRY(kernel)                                                                                              \
-    static void emu_entry_##kernel(void **args) { emu_call(kernel, args); }                                            \
+    EMU_UNCHECKED static void emu_entry_##kernel(void **args) { emu_call(kernel, args); }                              \
     extern "C" int emu_launch_##kernel(const Index3 *grid, const Index3 *block, unsigned shared, unsigned seed, void **args) { \
-        return emu_run(grid, block, shared, seed, emu_entry_##kernel, args, __start_npllm_shared, __stop_npllm_shared); \
+        return emu_run(grid, block, shared, seed, emu_entry_##kernel, args, __bss_start, _end);                         \
     }

@@ -27,7 +27,13 @@ from tests.gpu.emulator.launches import Launch, Launches, Moved
 
 HERE = Path(__file__).parent
 
-OPTIONS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-fno-strict-aliasing")
+OPTIONS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-fno-strict-aliasing", "-fno-gnu-unique")
+
+# Instrumented as for ThreadSanitizer, with checker.cpp in the place of its library.
+CHECKED = ("-DEMU_CHECKED", "-fsanitize=thread", "-nodefaultlibs", "-lm", "-lc", "-lgcc", "-g1")
+
+# What a launch may do with an array, as checker.cpp knows it.
+ROLES = {"reads": 1, "writes": 2, "both": 3, "fixed": 4}
 
 PROBLEMS = {
     1: "a barrier that some threads never reach",
@@ -102,10 +108,13 @@ class Emulator(Device):
     multiprocessors = 4
     shared_limit = 227 * 1024
 
-    def __init__(self, memory: int = GPU_MEMORY) -> None:
+    def __init__(self, memory: int = GPU_MEMORY, *, checked: bool = False) -> None:
         self.header = (HERE / "cuda_on_cpu.h").read_text()
         runtime = (HERE / "runtime.cpp").read_text().replace('#include "cuda_on_cpu.h"', self.header)
-        self.runtime = built("runtime", runtime)
+        runtime = runtime.replace('#include "checker.cpp"', (HERE / "checker.cpp").read_text())
+        self.checked = checked
+        self.runtime = built("runtime", runtime, "-O2", *CHECKED[:1] * checked)
+        self.loaded = ctypes.CDLL(str(self.runtime))
         self.limit = memory
         # Bytes that were asked for, of the device and of the host's pinned memory.
         self.allotted = self.pinned = 0
@@ -175,9 +184,12 @@ class Emulator(Device):
 
     def compile(self, file: str, macros: tuple[tuple[str, int], ...]) -> Path:
         self.compiled.add((file, macros))
+        more = (str(self.runtime), "-nostartfiles", *CHECKED * self.checked)
+        return built(file.removesuffix(".cu"), self._text(file, macros), *more)
+
+    def _text(self, file: str, macros: tuple[tuple[str, int], ...]) -> str:
         entries = "".join(f"EMU_ENTRY({each})\n" for each in kernels(file))
-        text = self.header + "".join(f"#define {macro} {value}\n" for macro, value in macros) + source(file) + entries
-        return built(file.removesuffix(".cu"), text, str(self.runtime))
+        return self.header + "".join(f"#define {macro} {value}\n" for macro, value in macros) + source(file) + entries
 
     def is_kept(self, file: str, macros: tuple[tuple[str, int], ...]) -> bool:
         return (file, macros) in self.compiled
@@ -195,14 +207,31 @@ class Emulator(Device):
             self.seed += 1
             if self.launches is not None:
                 self.launches.add(launch)
+            if self.checked:
+                self._tell_spans(launch)
             sizes = (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(block, 1, 1)
             outcome = kernel.handle(*sizes, shared, self.seed, packed.pointers)
             if outcome:
-                raise RuntimeError(f"{kernel.file}: {kernel.name} {dict(kernel.defines)}: {PROBLEMS[outcome]}")
+                problem = PROBLEMS.get(outcome) or self._reported(kernel)
+                raise RuntimeError(f"{kernel.file}: {kernel.name} {dict(kernel.defines)}: {problem}")
 
         run()
         if STREAM.calls is not None:
             STREAM.calls.append(run)
+
+    def _tell_spans(self, launch: Launch) -> None:
+        numbers = [number for begin, end, role in launch.spans for number in (begin, end, ROLES[role])]
+        self.loaded.emu_spans((ctypes.c_uint64 * len(numbers))(*numbers), len(numbers) // 3)
+
+    def _reported(self, kernel: Kernel) -> str:
+        """What the checker found, and the lines that do it, from the innermost call on."""
+        self.loaded.emu_report.restype = ctypes.c_char_p
+        what, _, offset = self.loaded.emu_report().decode().partition("\n")
+        library = self.compile(kernel.file, kernel.defines)
+        command = ["addr2line", "-i", "-e", str(library), hex(int(offset))]
+        found = subprocess.run(command, capture_output=True, text=True).stdout
+        lines = self._text(kernel.file, kernel.defines).splitlines()
+        return "\n  ".join([what, *(lines[int(number) - 1].strip() for number in re.findall(r":(\d+)", found))])
 
     def capture(self, function: Callable[[], Array]) -> tuple[Replay, Array]:
         STREAM.calls = calls = []

@@ -11,7 +11,7 @@
 
 namespace {
 enum State { RUNNING, AT_BLOCK, AT_WARP, DONE };
-enum Outcome { FINISHED = 0, DIVERGENT_BARRIER = 1, COPY_NOT_AWAITED = 2, MISALIGNED = 3 };
+enum Outcome { FINISHED = 0, DIVERGENT_BARRIER = 1, COPY_NOT_AWAITED = 2, MISALIGNED = 3, REPORTED = 4 };
 constexpr size_t STACK = 1 << 16;
 constexpr unsigned ROOMS = 4, WORDS = 32 * 8;
 
@@ -46,7 +46,8 @@ struct Fiber {
     unsigned char *stack = nullptr;
     Index3 index;
     State state;
-    unsigned exchanges;
+    unsigned exchanges, barriers, warp_barriers;
+    bool waited;
     EmuCopies copies;
 };
 
@@ -54,9 +55,12 @@ std::vector<Fiber> fibers;
 std::vector<unsigned> rooms, order;
 std::vector<unsigned char> dynamic_shared;
 unsigned running, threads;
+size_t dynamic_size;
 void *scheduler;
 void (*body)(void **);
 void **arguments;
+// What the checker has to say; nothing runs after it.
+char report[200];
 
 void give_way(State state) {
     fibers[running].state = state;
@@ -75,13 +79,14 @@ void prepare(Fiber &fiber) {
     *top = reinterpret_cast<void *>(enter);
     fiber.top = top - 6;
     fiber.state = RUNNING;
-    fiber.exchanges = 0;
+    fiber.exchanges = fiber.barriers = fiber.warp_barriers = 0;
+    fiber.waited = false;
     fiber.copies.count = fiber.copies.groups = 0;
 }
 
 void resume(unsigned thread) {
-    running = emu_lane_of_block = thread;
-    threadIdx = fibers[thread].index;
+    running = emu.number = thread;
+    emu.thread = fibers[thread].index;
     emu_switch(&scheduler, fibers[thread].top);
 }
 
@@ -107,7 +112,10 @@ bool released() {
 int run_block() {
     for (;;) {
         bool ran = false;
-        for (unsigned i : order) if (fibers[i].state == RUNNING) resume(i), ran = true;
+        for (unsigned i : order) {
+            if (fibers[i].state == RUNNING) resume(i), ran = true;
+            if (report[0]) return REPORTED;
+        }
         unsigned alive = 0;
         for (unsigned i = 0; i < threads; i++) alive += fibers[i].state != DONE;
         if (!alive) break;
@@ -118,14 +126,28 @@ int run_block() {
 }
 }  // namespace
 
-extern "C" {
-Index3 threadIdx, blockIdx, blockDim, gridDim;
-unsigned emu_lane_of_block;
-unsigned char *emu_shared;
-int emu_misaligned;
+extern "C" Running emu;
+Running emu;
 
-void emu_block_barrier() { give_way(AT_BLOCK); }
+#ifdef EMU_CHECKED
+#include "checker.cpp"
+#else
+namespace {
+void begin_checking(const unsigned char *, const unsigned char *) {}
+void begin_block() {}
+}  // namespace
+#endif
+
+extern "C" {
+void emu_block_barrier() {
+    give_way(AT_BLOCK);
+    fibers[running].barriers++, fibers[running].warp_barriers++;
+}
 void emu_warp_barrier() { give_way(AT_WARP); }
+void emu_warp_order() {
+    give_way(AT_WARP);
+    fibers[running].warp_barriers++;
+}
 EmuCopies *emu_copies() { return &fibers[running].copies; }
 
 // A lane may be one exchange ahead of the others of its warp, never two: between two there is a barrier.
@@ -137,13 +159,13 @@ unsigned *emu_exchange(unsigned words) {
 int emu_run(const Index3 *grid, const Index3 *block, unsigned shared, unsigned seed, void (*kernel)(void **), void **args,
             unsigned char *begin, unsigned char *end) {
     std::mt19937 dice(seed);
-    emu_misaligned = 0;
-    gridDim = *grid, blockDim = *block, body = kernel, arguments = args;
+    emu.misaligned = 0;
+    emu.blocks = *grid, emu.threads = *block, body = kernel, arguments = args;
     threads = block->x * block->y * block->z;
     if (fibers.size() < threads) fibers.resize(threads);
     rooms.assign((threads + 31) / 32 * ROOMS * WORDS, ~0u);
-    dynamic_shared.resize(shared + 32);
-    emu_shared = reinterpret_cast<unsigned char *>((reinterpret_cast<size_t>(dynamic_shared.data()) + 15) / 16 * 16);
+    dynamic_shared.resize(shared + 32), dynamic_size = shared;
+    emu.shared = reinterpret_cast<unsigned char *>((reinterpret_cast<size_t>(dynamic_shared.data()) + 15) / 16 * 16);
     for (unsigned i = 0; i < threads; i++)
         fibers[i].index = {i % block->x, i / block->x % block->y, i / block->x / block->y};
     order.resize(threads);
@@ -151,14 +173,16 @@ int emu_run(const Index3 *grid, const Index3 *block, unsigned shared, unsigned s
     std::vector<unsigned> blocks(grid->x * grid->y * grid->z);
     for (unsigned i = 0; i < blocks.size(); i++) blocks[i] = i;
     std::shuffle(blocks.begin(), blocks.end(), dice);
+    begin_checking(begin, end);
     for (unsigned number : blocks) {
-        blockIdx = {number % grid->x, number / grid->x % grid->y, number / grid->x / grid->y};
+        emu.block = {number % grid->x, number / grid->x % grid->y, number / grid->x / grid->y};
         std::shuffle(order.begin(), order.end(), dice);
         if (begin) memset(begin, 0xff, end - begin);
-        memset(emu_shared, 0xff, shared);
+        memset(emu.shared, 0xff, shared);
+        begin_block();
         for (unsigned i = 0; i < threads; i++) prepare(fibers[i]);
         if (int outcome = run_block()) return outcome;
     }
-    return emu_misaligned ? MISALIGNED : FINISHED;
+    return emu.misaligned ? MISALIGNED : FINISHED;
 }
 }
