@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,16 +18,12 @@ pytest.importorskip("numba")
 from bench import gpu
 from bench.__main__ import main
 from bench.numba import Figure
-from npllm.backends.cupy_gpu import cuda
+from npllm.backends.cupy_gpu import cubins
 from tests.gpu.compiled import compiler
-from tests.gpu.emulator import EmulatedBackend
-
-needs_gxx = pytest.mark.skipif(
-    shutil.which("g++") is None, reason="g++ compiles the kernels for the CPU, and is not installed"
-)
+from tests.gpu.emulator import EmulatedBackend, emulated
 
 
-@needs_gxx
+@emulated
 def test_every_group_runs() -> None:
     models = {"Qwen3-8B tiny": gpu.QWEN3_8B | gpu.TINY}
     this = gpu.Run(EmulatedBackend("bfloat16"), gpu.Machine(1e12, 1e14), 1, 3, 20, models, True)
@@ -43,7 +38,7 @@ def test_every_group_runs() -> None:
     assert "| Qwen3-8B tiny decode: host's time / token's time | at most 1 |" in shown
 
 
-@needs_gxx
+@emulated
 def test_what_a_token_asks_of_the_device() -> None:
     """A layer more is as many launches more as it has; the host's time is taken once for each token."""
     from tests.gpu.test_launches import DENSE, HEADS
@@ -92,7 +87,7 @@ def test_a_run_that_is_ended_keeps_its_figures(monkeypatch: pytest.MonkeyPatch, 
     assert found["failures"] == {"Qwen3-0.6B decode": "ZeroDivisionError: no such kernel"}
 
 
-@needs_gxx
+@emulated
 @pytest.mark.parametrize("tied", [False, True])
 def test_transformers_decodes_the_same_on_the_same_weights(tied: bool) -> None:
     """Where PyTorch is installed: its arrays are the backend's, and its tokens too."""
@@ -111,7 +106,7 @@ def test_transformers_decodes_the_same_on_the_same_weights(tied: bool) -> None:
 
 @pytest.mark.skipif(compiler() != "nvrtc", reason="NVRTC (nvidia-cuda-nvrtc with CuPy) is not installed")
 def test_the_kernel_that_reads_compiles() -> None:
-    assert len(cuda.compile_cubin(gpu.READ, "read_all.cu", 90, ())) > 1000
+    assert len(cubins.compile_cubin(gpu.READ, "read_all.cu", 90, ())) > 1000
 
 
 class Clock:
@@ -122,7 +117,7 @@ class Clock:
         self.cuda = SimpleNamespace(Event=lambda: event, get_elapsed_time=lambda began, ended: 1.0)
 
 
-@needs_gxx
+@emulated
 @pytest.mark.parametrize("possible", [True, False])
 def test_the_matmul_rate_needs_one_of_two_libraries(possible: bool, capsys: pytest.CaptureFixture[str]) -> None:
     be: Any = EmulatedBackend("bfloat16")

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-if shutil.which("g++") is None:
-    pytest.skip("g++ compiles the kernels for the CPU, and is not installed", allow_module_level=True)
-
-from npllm.backends.cupy_gpu import cuda
+from npllm.backends.cupy_gpu import cubins, cuda
 from npllm.backends.cupy_gpu.matrix import FORMATS
 from npllm.cli import main
 from npllm.cli.warmup import answer
 from npllm.errors import BackendError
 from npllm.llm import LLM
 from npllm.models import interpret
-from tests.gpu.emulator import EmulatedBackend, Emulator
+from tests.gpu.emulator import EmulatedBackend, Emulator, emulated
 from tests.models import CONFIGS, make_checkpoint
+
+pytestmark = emulated
 
 
 class Unbuilt(Emulator):
@@ -90,7 +88,7 @@ def test_a_kernel_that_does_not_compile_ends_it(monkeypatch: pytest.MonkeyPatch)
 
 def test_code_that_is_kept_is_found_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NPLLM_CACHE", str(tmp_path))
-    monkeypatch.setattr(cuda, "compile_cubin", lambda *args: b"machine code")
+    monkeypatch.setattr(cubins, "compile_cubin", lambda *args: b"machine code")
     gpu = cuda.Cuda.__new__(cuda.Cuda)
     gpu.architecture, gpu.compiler = 90, "nvrtc 13"
     variants = [("norms.cu", (("WIDE", 1),)), ("rope.cu", ())]
