@@ -6,7 +6,7 @@ from npllm.arrays import Array
 from npllm.backend import Norm, accelerates
 from npllm.backends.cupy_gpu.base import ACTIVATIONS, THREADS, groups
 from npllm.backends.cupy_gpu.device import Out
-from npllm.backends.cupy_gpu.products import ROWS, WARPS, Products, unprepared
+from npllm.backends.cupy_gpu.products import Products, unprepared
 from npllm.weights import MLP, GatedFFN, Linear
 
 
@@ -43,9 +43,8 @@ class FeedForward(Products):
         out_MF = self.empty(len(x_MD), F)
         first = (gate.weight.structure, self.vector(gate, "bias"))
         if up is None:
-            blocks = groups(F, WARPS * ROWS)
-            self.gemv("gemv_activated", x_MD, gate.weight, blocks, ROWS, (*source, *first, ACTIVATIONS[act], Out(out_MF)))
+            self.gemv("gemv_activated", x_MD, gate.weight, [F], (*source, *first, ACTIVATIONS[act], Out(out_MF)))
         else:
             arguments = (*source, *first, up.weight.structure, self.vector(up, "bias"), ACTIVATIONS[act], Out(out_MF))
-            self.gemv("gemv_gated", x_MD, gate.weight, groups(F, WARPS * ROWS // 2), ROWS, arguments)
+            self.gemv("gemv_gated", x_MD, gate.weight, [F], arguments, rows_each=2)
         return out_MF

@@ -7,7 +7,7 @@ bfloat16.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from npllm.arrays import Array
 from npllm.backend import Norm, accelerates, split_heads
@@ -19,6 +19,12 @@ from npllm.weights import QKV, Linear
 
 # Tokens that go through gemv.cu at a time.
 FEW = 8
+
+# Of bf16, so many go through tensor cores where products may be rounded: on the others, shared memory is what limits them.
+LEAST_ON_TENSOR_CORES = 3
+
+# More rows of a warp there, so that what is staged meets more of them, if so many blocks are left to a multiprocessor.
+MORE_ROWS, LEAST_BLOCKS = (8, 4), 2
 
 # Fewer of q4, where a vector has most numbers: registers are the limit.
 FEW_Q4 = 4
@@ -93,22 +99,24 @@ class Products(Base):
         return outs
 
     def _few_products(
-        self, x_MD: Array, w: tuple[Linear, ...], norm: Norm | None, residual_MF: Array | None, outs: list[Array]
-    ) -> None:
-        """Rows of matrices of one format times at most FEW tokens."""
+        self, x_MD: Array, w: tuple[Linear, ...], norm: Norm | None, residual_MF: Array | None, outs: list[Array], *,
+        exact: bool = False,
+    ) -> None:  # fmt: skip
+        """Rows of matrices of one format times at most FEW tokens; `exact`: in float32."""
         matrices: list[Argument] = []
         for module, out in zip(w, outs, strict=True):
             matrices += [module.weight.structure, self.vector(module, "bias"), Out(out)]
         matrices += [EMPTY, None, None] * (3 - len(w))
-        blocks = sum(groups(len(module.weight), WARPS * ROWS) for module in w)
-        self.gemv("gemv", x_MD, w[0].weight, blocks, ROWS, (*self.source(x_MD, norm), *matrices, residual_MF))
+        args = (*self.source(x_MD, norm), *matrices, residual_MF)
+        self.gemv("gemv", x_MD, w[0].weight, [len(module.weight) for module in w], args, exact=exact)
 
     def product_in_float32(self, x_MD: Array, w: Linear) -> Array:
         """`W x + b`, whatever the arithmetic is."""
-        if self.are_few(x_MD, w.weight):
-            return self.product(x_MD, w)
         x_MD, out_MF = self.plain(x_MD), self.empty(len(x_MD), len(w.weight))
-        self._many_products(x_MD, w, None, out_MF, exact=True)
+        if self.are_few(x_MD, w.weight):
+            self._few_products(x_MD, (w,), None, None, [out_MF], exact=True)
+        else:
+            self._many_products(x_MD, w, None, out_MF, exact=True)
         return out_MF
 
     def _many_products(
@@ -174,13 +182,28 @@ class Products(Base):
         return len(x_MD) <= (FEW_Q4 if matrix.format == "q4" else FEW)
 
     def on_tensor_cores(self, matrix: Matrix) -> bool:
-        """Whether products of many tokens with a matrix are of bf16 numbers, with float32 sums."""
+        """Whether products of some tokens with a matrix are of bf16 numbers, with float32 sums."""
         return self.dtype == "bfloat16" or (self.dtype == "stored" and matrix.format in IN_BFLOAT16)
 
-    def gemv(self, name: str, x_MD: Array, matrix: Matrix, blocks: int, rows: int, args: tuple[Argument, ...]) -> None:
-        """Launch a kernel that stands on gemv.cuh for at most FEW tokens; nothing for none."""
-        if not len(x_MD) or not blocks:
+    def gemv(
+        self, name: str, x_MD: Array, matrix: Matrix, counts: Sequence[int], args: tuple[Argument, ...], *,
+        rows_each: int = 1, exact: bool = False,
+    ) -> None:  # fmt: skip
+        """Launch a kernel that stands on gemv.cuh for at most FEW tokens; nothing for none.
+
+        counts     results of a token, of each matrix like this one; `rows_each` rows of weights make one.
+        exact      in float32.
+        """
+        if not len(x_MD) or not sum(counts):
             return
-        tokens = tokens_macro(len(x_MD))
-        defines = {"FORMAT": FORMATS[matrix.format], "TOKENS": tokens, "ROWS": rows}
-        self.launch(f"{name}.cu", name, defines, (blocks, 1, 1), WARPS * 32, args, STAGED_BYTES)
+        rounds = matrix.format == "bf16" and self.on_tensor_cores(matrix) and not exact
+        tensor, rows = rounds and len(x_MD) >= LEAST_ON_TENSOR_CORES, ROWS
+
+        def blocks(rows: int) -> int:
+            return sum(groups(count * rows_each, WARPS * rows) for count in counts)
+
+        if tensor:
+            rows = next((n for n in MORE_ROWS if blocks(n) >= LEAST_BLOCKS * self.device.multiprocessors), ROWS)
+        tokens = FEW if tensor else tokens_macro(len(x_MD))
+        defines = {"FORMAT": FORMATS[matrix.format], "TOKENS": tokens, "ROWS": rows, "TENSOR": int(tensor)}
+        self.launch(f"{name}.cu", name, defines, (blocks(rows), 1, 1), WARPS * 32, args, STAGED_BYTES)

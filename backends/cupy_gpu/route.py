@@ -9,10 +9,9 @@ import struct
 
 from npllm.arrays import Array
 from npllm.backend import accelerates
-from npllm.backends.cupy_gpu.base import groups
 from npllm.backends.cupy_gpu.device import Fixed, Out, Structure
 from npllm.backends.cupy_gpu.matrix import Matrix
-from npllm.backends.cupy_gpu.products import ROWS, STAGED_BYTES, WARPS, Products, unprepared
+from npllm.backends.cupy_gpu.products import STAGED_BYTES, WARPS, Products, unprepared
 from npllm.blocks.moe import Router
 from npllm.weights import Gate
 
@@ -49,7 +48,7 @@ class Routers(Products):
                 *self.source(h_MD), w.gate.weight.structure, self.vector(w.gate, "bias"), correction, *rest, Out(logits_ME),
                 self.tickets(1), Out(index_MC), Out(weight_MC),
             )  # fmt: skip
-            self.gemv("route_few", h_MD, w.gate.weight, groups(E, WARPS * ROWS), ROWS, args)
+            self.gemv("route_few", h_MD, w.gate.weight, [E], args, exact=True)
         elif M:
             logits_ME = self.product_in_float32(h_MD, w.gate)
             args = (logits_ME, correction, Out(index_MC), Out(weight_MC), *rest)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from npllm.backends.cupy_gpu.attention import LANES, TILE_WIDTHS
 from npllm.backends.cupy_gpu.latent import TILES
 from npllm.backends.cupy_gpu.matrix import FORMATS, PER_VECTOR
+from npllm.backends.cupy_gpu.products import MORE_ROWS, ROWS
 from npllm.backends.cupy_gpu.sources import source
 
 ARCHITECTURES = (80, 90, 100)
@@ -33,6 +34,7 @@ def variants() -> dict[str, list[dict[str, int]]]:
     """The macros that each file is compiled with; the first is that of a Qwen3 in bf16, or near it."""
     formats = [2, *(number for number in FORMATS.values() if number != 2)]
     few = [{"FORMAT": f, "TOKENS": t, "ROWS": 2} for f, t in product(formats, (1, 2, 4, 8)) if (f, t) != (FORMATS["q4"], 8)]
+    tensor = few + [{"FORMAT": FORMATS["bf16"], "TOKENS": 8, "ROWS": rows, "TENSOR": 1} for rows in (ROWS, *MORE_ROWS)]
     tiles = [{"FORMAT": f, "TILE": tile, "TENSOR": 1} for f, tile in product(formats, (128, 64))]
     tiles += [{"FORMAT": f, "TILE": 64, "TENSOR": 0} for f in formats]
     by_format = [{"FORMAT": f} for f in formats]
@@ -44,7 +46,7 @@ def variants() -> dict[str, list[dict[str, int]]]:
     latent = [stored | {"WIDTH": 576, "LATENT": 512, "HEAD_TILES": t} for stored, t in product(kept, TILES)]
     absorbed = [{"FORMAT": FORMATS[name], "TOKENS": min(4, 32 // PER_VECTOR[name])} for name in ("bf16", *FORMATS)]
     return {
-        "gemv.cu": few, "gemv_gated.cu": few, "gemv_activated.cu": few, "gemm.cu": tiles, "attention.cu": splits,
+        "gemv.cu": tensor, "gemv_gated.cu": tensor, "gemv_activated.cu": tensor, "gemm.cu": tiles, "attention.cu": splits,
         "attention_tiles.cu": wide, "norms.cu": [{"WIDE": 1}, {"WIDE": 0}], "rope.cu": [{}], "embed.cu": by_format,
         "widen.cu": by_format, "heads.cu": kept, "elementwise.cu": [{}], "latent.cu": [{}],
         "absorb.cu": absorbed, "latent_attention.cu": latent,

@@ -16,7 +16,7 @@ from npllm.handles import Weight
 from npllm.testing.conformance import conformity, trials
 from npllm.testing.report import CheckError
 from npllm.weights import Linear
-from tests.gpu import test_adjust, test_sampling
+from tests.gpu import test_adjust, test_formats, test_sampling
 from tests.gpu.emulator import EmulatedBackend, Emulator, emulated
 from tests.gpu.emulator import device as emulator
 from tests.gpu.planted import plant
@@ -121,6 +121,10 @@ def products_of_prompts() -> None:
     be._halved(be.asarray(np.ones((5, 32), np.float32)))
 
 
+def products_of_few() -> None:
+    test_formats.products(EmulatedBackend("stored"), "bf16", 8, 2048)
+
+
 def elementwise() -> None:
     be = EmulatedBackend("float32")
     be.altup_predict(be.asarray(np.ones((2, 3, 8), np.float32)), be.asarray(np.ones((2, 3, 3), np.float32)))
@@ -144,6 +148,7 @@ SHOWN_BY: dict[str, Callable[[], None]] = {
     "embed.cu": kit("float32", "embed"),
     "gemm.cu": kit("float32", "linear"),
     "gemv.cuh": kit("float32", "step"),
+    "gemv_tensor.cuh": products_of_few,
     "heads.cu": kit("float32", "latent_project", "step"),
     "latent.cu": kit("float32", "latent_expand"),
     "latent_attention.cu": kit("bfloat16", "latent_attention"),

@@ -12,6 +12,7 @@ import pytest
 from npllm import grouped
 from npllm.arrays import Array
 from npllm.backend import LN, RMS, Backend
+from npllm.backends.cupy_gpu import products as cupy_products
 from npllm.backends.cupy_gpu.latent import TILES, shared_bytes
 from npllm.backends.cupy_gpu.sources import source
 from npllm.blocks.dtypes import round_to_bfloat16
@@ -93,42 +94,58 @@ def test_experts(format: str, tokens: int) -> None:
 WIDE, ODD = 96, 75
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 4, 8, 70])
-@pytest.mark.parametrize(
-    "format", [pytest.param(name, marks=[] if name in ("bf16", "f8_e4m3", "q4") else pytest.mark.full) for name in FORMATS]
-)
-def test_products(format: str, tokens: int) -> None:
-    """All products of a dense layer, through norms, with biases and on top of a residual: of few tokens and of many."""
+def products(be: Backend, format: str, tokens: int, wide: int = WIDE) -> list[Array]:
+    """All products of a dense layer, through norms, with biases and on top of a residual."""
     dice = np.random.default_rng(tokens)
 
     def linear(name: str, rows: int, columns: int) -> Linear:
         bias = Weight.of(f"{name}.bias", dice.standard_normal(rows).astype(np.float32))
         return Linear(stored(name, dice.standard_normal((rows, columns)) / 8.0, format), bias)
 
-    heads = QKV(*(linear(name, rows, WIDE) for name, rows in (("q", 30), ("k", 10), ("v", 10))))
-    gated = GatedFFN(linear("gate", WIDE, WIDE), linear("up", WIDE, WIDE), linear("down", ODD, WIDE))
+    heads = QKV(*(linear(name, rows, wide) for name, rows in (("q", 30), ("k", 10), ("v", 10))))
+    gated = GatedFFN(linear("gate", WIDE, wide), linear("up", WIDE, wide), linear("down", ODD, WIDE))
     # Groups of 32 are whole.
     hidden = WIDE if format in grouped.PACKED else ODD
     mlp, gain = (
-        MLP(linear("fc", hidden, WIDE), linear("proj", WIDE, hidden)),
-        dice.uniform(0.5, 1.5, WIDE).astype(np.float32),
+        MLP(linear("fc", hidden, wide), linear("proj", wide, hidden)),
+        dice.uniform(0.5, 1.5, wide).astype(np.float32),
     )
-    x, residual = dice.standard_normal((tokens, WIDE)), dice.standard_normal((tokens, ODD))
+    x, residual = dice.standard_normal((tokens, wide)), dice.standard_normal((tokens, ODD))
+    x_MD, residual_MD = (be.asarray(each.astype(be.array_dtype)) for each in (x, residual))
+    plain = RMS(be.prepare(Linear(Weight.of("gain", gain))), 1e-6)
+    shifted = LN(be.prepare(Linear(Weight.of("gain", gain), Weight.of("shift", gain - 1.0))), 1e-5)
+    results = (
+        *be.project_heads(x_MD, be.prepare(heads), 10, norm=plain),
+        be.gated_ffn(x_MD, be.prepare(gated), "gelu_pytorch_tanh", norm=plain, residual_MD=residual_MD),
+        be.mlp(x_MD, be.prepare(mlp), "gelu", norm=shifted, residual_MD=x_MD),
+        be.linear(x_MD, be.prepare(mlp.c_fc)),
+    )
+    return [be.to_numpy(each) for each in results]
 
-    def computed(be: Backend) -> list[Array]:
-        x_MD, residual_MD = (be.asarray(each.astype(be.array_dtype)) for each in (x, residual))
-        plain = RMS(be.prepare(Linear(Weight.of("gain", gain))), 1e-6)
-        shifted = LN(be.prepare(Linear(Weight.of("gain", gain), Weight.of("shift", gain - 1.0))), 1e-5)
-        results = (
-            *be.project_heads(x_MD, be.prepare(heads), 10, norm=plain),
-            be.gated_ffn(x_MD, be.prepare(gated), "gelu_pytorch_tanh", norm=plain, residual_MD=residual_MD),
-            be.mlp(x_MD, be.prepare(mlp), "gelu", norm=shifted, residual_MD=x_MD),
-            be.linear(x_MD, be.prepare(gated.down_proj), residual_MD),
-        )
-        return [be.to_numpy(each) for each in results]
 
-    for got, want in zip(computed(EmulatedBackend("float32")), computed(Backend("float64")), strict=True):
+@pytest.mark.parametrize("tokens", [1, 2, 4, 8, 70])
+@pytest.mark.parametrize(
+    "format", [pytest.param(name, marks=[] if name in ("bf16", "f8_e4m3", "q4") else pytest.mark.full) for name in FORMATS]
+)
+def test_products(format: str, tokens: int) -> None:
+    wants = products(Backend("float64"), format, tokens)
+    for got, want in zip(products(EmulatedBackend("float32"), format, tokens), wants, strict=True):
         agree(got, want)
+
+
+# Numbers of tokens as sums of two of bf16.
+IN_TWO = compare.Limit(3e-5, 1e-4, "each product is off by up to 2^-17 of itself, in sums of some hundred")
+
+
+@pytest.mark.parametrize(("tokens", "wide", "rows"), [(3, WIDE, 2), (8, ODD, 4), (5, 1024 + 40, 8), (8, 2 * 1024, 8)])
+def test_products_of_few_tokens_on_tensor_cores(tokens: int, wide: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more numbers than are staged at a time, too, and of more rows of a warp."""
+    monkeypatch.setattr(cupy_products, "MORE_ROWS", (rows,))
+    monkeypatch.setattr(cupy_products, "LEAST_BLOCKS", 0)
+    wants = products(Backend("float64"), "bf16", tokens, wide)
+    for dtype in ("stored", "bfloat16"):
+        for got, want in zip(products(EmulatedBackend(dtype), "bf16", tokens, wide), wants, strict=True):
+            agree(got, want, IN_TWO)
 
 
 @pytest.mark.parametrize("tokens", [3, 20])

@@ -125,6 +125,12 @@ def test_kernels(test: Callable[..., None], of: dict[str, Any], monkeypatch: pyt
     test(**of)
 
 
+@pytest.mark.parametrize("rows", [2, 4, 8])
+def test_few_tokens_on_tensor_cores(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_formats, "EmulatedBackend", CupyBackend)
+    test_formats.test_products_of_few_tokens_on_tensor_cores(8, 2048, rows, monkeypatch)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "stored"])
 @pytest.mark.parametrize("operation", ["attention", "latent_attention"])
 def test_keys_in_bfloat16(operation: str, dtype: str) -> None:

@@ -48,12 +48,12 @@ __device__ __forceinline__ void load_tile(
     const Row &row, i64 r, i64 s, i64 end, STORAGE(x), i64 head, i64 width, i64 size, i64 aligned, const i64 *pages,
     i64 pages_per_row, uint4 *tile) {
     int stride = row_vectors(width), whole = ((int)width * SIZE + 15) / 16;
+    const u8 *first = (const u8 *)x + (first_of(row, pages, x_slot) + head * x_head) * SIZE;
     for (int i = threadIdx.x; i < KEYS * whole; i += THREADS) {
         int key = i / whole, vector = i % whole;
-        i64 slot = 0, entry = 0;
         bool valid = s + key < end;
-        if (valid) place_of(row, r, s + key, size, pages, pages_per_row, slot, entry);
-        const u8 *from = (const u8 *)x + (slot * x_slot + entry * x_entry + head * x_head) * SIZE;
+        const u8 *from = first;
+        if (valid) from += way_to(row, r, s + key, size, pages, pages_per_row, x_slot, x_entry) * SIZE;
         uint4 *to = tile + key * stride + vector;
         if (aligned) {
             copy_async16(to, from + vector * 16, valid);

@@ -26,12 +26,12 @@ __device__ __forceinline__ void load_tile(
     const Row &row, i64 r, int s, int end, STORAGE(x), i64 head, i64 width, i64 size, i64 aligned, const i64 *pages,
     i64 pages_per_row, u8 *tile) {
     const int whole = WIDE / 8;
+    const i64 first = first_of(row, pages, x_slot) + head * x_head;
     for (int i = threadIdx.x; i < KEYS * whole; i += THREADS) {
         int key = i / whole, vector = i % whole;
-        i64 slot = 0, entry = 0, at;
         bool valid = s + key < end;
-        if (valid) place_of(row, r, s + key, size, pages, pages_per_row, slot, entry);
-        at = slot * x_slot + entry * x_entry + head * x_head + vector * 8;
+        i64 at = first + vector * 8;
+        if (valid) at += way_to(row, r, s + key, size, pages, pages_per_row, x_slot, x_entry);
         u8 *to = tile + key * (WIDE + 8) * 2 + vector * 16;
 #if STORED == BF16
         if (aligned) {

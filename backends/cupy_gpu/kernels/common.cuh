@@ -1,5 +1,6 @@
 // What all kernels stand on. CUDA C++ without headers; the CPU twins of what is written in PTX are in the tests' emulator.
 typedef long long i64;
+typedef unsigned long long u64;
 typedef unsigned u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
@@ -51,6 +52,14 @@ __device__ __forceinline__ float f16_to_float(u32 bits) {
     return f;
 }
 
+// Rounded to nearest even; a NaN stays a NaN.
+__device__ __forceinline__ u32 bf16_pair(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+__device__ __forceinline__ u32 float_to_bf16(float x) { return bf16_pair(x, 0.0f); }
+
 __device__ __forceinline__ void copy_async16(void *shared, const void *global, bool valid = true) {
     u32 to = (u32)__cvta_generic_to_shared(shared);
     int bytes = valid ? 16 : 0;
@@ -89,13 +98,6 @@ __device__ __forceinline__ void mma_bf16(float d[4], const u32 a[4], const u32 b
 __device__ __forceinline__ float bf16_low(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float bf16_high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 __device__ __forceinline__ float bf16_to_float(u16 bits) { return __uint_as_float((u32)bits << 16); }
-
-// Rounded to nearest even; a NaN stays a NaN.
-__device__ __forceinline__ u32 float_to_bf16(float x) {
-    u32 bits = __float_as_uint(x);
-    return isnan(x) ? bits >> 16 | 0x40u : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
-}
-__device__ __forceinline__ u32 bf16_pair(float low, float high) { return float_to_bf16(low) | float_to_bf16(high) << 16; }
 
 // e4m3 has the exponent of float16 less 8, and no infinity.
 __device__ __forceinline__ float f8_to_float(u32 code) {

@@ -13,13 +13,14 @@ __device__ __forceinline__ Row row_of_plan(const i64 *plan, i64 r) {
 // Storage [slots or pages, size, heads, width], as strides in numbers.
 #define STORAGE(x) const void *x, i64 x##_slot, i64 x##_entry, i64 x##_head
 
-// The index of key s of a row in units of entries, and of slots or pages.
-__device__ __forceinline__ void place_of(
-    const Row &row, i64 r, i64 s, i64 size, const i64 *pages, i64 pages_per_row, i64 &slot, i64 &entry) {
-    // No storage has 2^32 entries, and dividing numbers of 64 bits takes ten times as long.
-    u32 i = (u32)(row.begin + s);
-    slot = pages ? pages[r * pages_per_row + i / (u32)size] : row.slot;
-    entry = i % (u32)size;
+// Where the keys of a row are counted from in a storage, in numbers, and key s from there.
+__device__ __forceinline__ i64 first_of(const Row &row, const i64 *pages, i64 x_slot) { return pages ? 0 : row.slot * x_slot; }
+__device__ __forceinline__ i64 way_to(
+    const Row &row, i64 r, i64 s, i64 size, const i64 *pages, i64 pages_per_row, i64 x_slot, i64 x_entry) {
+    // No storage has 2^32 entries. A division takes longer than all else of an address, and a ring is passed once at most.
+    u32 i = (u32)(row.begin + s), entries = (u32)size;
+    if (pages) return pages[r * pages_per_row + i / entries] * x_slot + i % entries * x_entry;
+    return (i >= entries ? i - entries : i) * x_entry;
 }
 
 // The first position that a query sees.

@@ -32,14 +32,14 @@ struct Shared {
 // Keys s .. s + KEYS of a row as bf16, those before `end`, zeros after it and behind their width.
 __device__ __forceinline__ void load_tile(
     const Row &row, i64 r, int s, int end, STORAGE(x), i64 size, i64 aligned, const i64 *pages, i64 pages_per_row, u16 *tile) {
+    const i64 first = first_of(row, pages, x_slot);
     // Addresses of several vectors at a time would cost the registers of the sums.
 #pragma unroll 1
     for (int i = threadIdx.x; i < KEYS * VECTORS; i += THREADS) {
         int key = i / VECTORS, n = i % VECTORS * 8;
-        i64 slot = 0, entry = 0;
         bool valid = s + key < end && n < WIDTH;
-        if (valid) place_of(row, r, s + key, size, pages, pages_per_row, slot, entry);
-        i64 from = slot * x_slot + entry * x_entry + n;
+        i64 from = first + n;
+        if (valid) from += way_to(row, r, s + key, size, pages, pages_per_row, x_slot, x_entry);
         u16 *to = tile + key * STRIDE + n;
 #if STORED == BF16
         if (aligned) {

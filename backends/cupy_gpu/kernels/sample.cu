@@ -16,8 +16,6 @@
 // Of a part of a row whose largest logit is found.
 #define PART_THREADS 256
 
-typedef unsigned long long u64;
-
 struct Kept {
     u32 cut;   // the key of the least logit that is kept
     u32 ties;  // how many of those equal to it are, lowest numbers first

@@ -156,6 +156,12 @@ inline float f16_to_float(unsigned bits) {
     return sign ? -tiny : tiny;
 }
 
+inline unsigned float_to_bf16(float x) {
+    unsigned bits = __float_as_uint(x);
+    return isnan(x) ? bits >> 16 | 0x40u : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+}
+inline unsigned bf16_pair(float low, float high) { return float_to_bf16(low) | float_to_bf16(high) << 16; }
+
 // Copies to shared memory are done when they are waited for, and no sooner: a wait that is missing shows as poison.
 struct EmuCopy { void *to; const void *from; bool zero; };
 struct EmuCopies { EmuCopy queue[64]; int group[64]; int count, groups; };
