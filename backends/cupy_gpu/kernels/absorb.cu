@@ -79,7 +79,7 @@ __device__ __forceinline__ void merge(const float *partial, int splits, int pres
         float base = most == -INFINITE ? 0.0f : most;
         for (int s = 0; t < present && s < splits; s++) {
             const float *part = parts + (i64)s * (latent + 2);
-            all = fmaf(part[1], exp2f((part[0] - base) * LOG2_E), all);
+            all = fmaf(part[1], power_of_two((part[0] - base) * LOG2_E), all);
         }
         float inverse = all == 0.0f ? 0.0f : 1.0f / all;
         for (int l = threadIdx.x; l < filled; l += THREADS) {
@@ -87,7 +87,7 @@ __device__ __forceinline__ void merge(const float *partial, int splits, int pres
             for (int s = 0; t < present && l < latent && s < splits; s++) {
                 const float *part = parts + (i64)s * (latent + 2);
                 // Of a part without keys nothing else was written.
-                if (part[0] != -INFINITE) sum = fmaf(part[2 + l], exp2f((part[0] - base) * LOG2_E), sum);
+                if (part[0] != -INFINITE) sum = fmaf(part[2 + l], power_of_two((part[0] - base) * LOG2_E), sum);
             }
             staged_number(staged, t, l) = sum * inverse;
         }

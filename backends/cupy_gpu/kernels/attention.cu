@@ -175,14 +175,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) attend(
             most = warp_max(most);
             float base = most == NOTHING ? 0.0f : most;
             for (int i = LANE; i < KEYS; i += 32) {
-                float p = exp2f((scores[lane][i] - base) * LOG2_E);
+                float p = power_of_two((scores[lane][i] - base) * LOG2_E);
                 scores[lane][i] = p;
                 sum += p;
             }
             sum = warp_sum(sum);
             __syncwarp();
             if (LANE == 0) {
-                shrink[lane] = exp2f((top[lane] - base) * LOG2_E);
+                shrink[lane] = power_of_two((top[lane] - base) * LOG2_E);
                 total[lane] = total[lane] * shrink[lane] + sum;
                 top[lane] = most;
             }
@@ -223,8 +223,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) attend(
             float most = top[lane], all = total[lane], part = 1;
             if (sinks) {
                 most = fmaxf(most, sinks[h]);
-                part = exp2f((top[lane] - most) * LOG2_E);
-                all = all * part + exp2f((sinks[h] - most) * LOG2_E);
+                part = power_of_two((top[lane] - most) * LOG2_E);
+                all = all * part + power_of_two((sinks[h] - most) * LOG2_E);
             }
             float inverse = all == 0.0f ? 0.0f : part / all;
 #pragma unroll
@@ -253,13 +253,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) attend(
         float sink = sinks ? sinks[h] : NOTHING, most = sink;
         for (i64 i = 0; i < splits; i++) most = fmaxf(most, load_shared_by_blocks(records + i * LANES * record));
         if (most == NOTHING) most = 0;
-        float all = sinks ? exp2f((sink - most) * LOG2_E) : 0.0f, y[VALUES];
+        float all = sinks ? power_of_two((sink - most) * LOG2_E) : 0.0f, y[VALUES];
 #pragma unroll
         for (int j = 0; j < VALUES; j++) y[j] = 0;
 #pragma unroll 1
         for (i64 i = 0; i < splits; i++) {
             const float *from = records + i * LANES * record;
-            float height = load_shared_by_blocks(from), part = exp2f((height - most) * LOG2_E);
+            float height = load_shared_by_blocks(from), part = power_of_two((height - most) * LOG2_E);
             if (height == NOTHING) continue;
             all = fmaf(load_shared_by_blocks(from + 1), part, all);
 #pragma unroll

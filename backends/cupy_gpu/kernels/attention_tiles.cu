@@ -140,18 +140,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend_tiles(
 #if CAPPED
                 score = softcap * tanhf(score / softcap);
 #endif
-                int key = s + n * 8 + pair * 2 + (i & 1);
-                if (!plain && (key < low[i >> 1] || key >= high[i >> 1])) score = NOTHING;
                 scores[n][i] = score;
-                most[i >> 1] = fmaxf(most[i >> 1], score);
             }
+        if (!plain)
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    int key = s + n * 8 + pair * 2 + (i & 1);
+                    if (key < low[i >> 1] || key >= high[i >> 1]) scores[n][i] = NOTHING;
+                }
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) most[i >> 1] = fmaxf(most[i >> 1], scores[n][i]);
         float shrink[2];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             most[i] = fmaxf(most[i], __shfl_xor_sync(FULL, most[i], 1));
             most[i] = fmaxf(most[i], __shfl_xor_sync(FULL, most[i], 2));
             float base = most[i] == NOTHING ? 0.0f : most[i];
-            shrink[i] = exp2f((top[i] - base) * LOG2_E);
+            shrink[i] = power_of_two((top[i] - base) * LOG2_E);
             top[i] = most[i];
             most[i] = base;
             total[i] *= shrink[i];
@@ -161,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend_tiles(
         for (int n = 0; n < KEYS / 8; n++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                scores[n][i] = exp2f((scores[n][i] - most[i >> 1]) * LOG2_E);
+                scores[n][i] = power_of_two((scores[n][i] - most[i >> 1]) * LOG2_E);
                 total[i >> 1] += scores[n][i];
             }
             weights[n / 2][n % 2 * 2] = bf16_pair(scores[n][0], scores[n][1]);
@@ -195,8 +204,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend_tiles(
         total[i] += __shfl_xor_sync(FULL, total[i], 2);
         float sink = sinks ? sinks[h] : NOTHING, most = fmaxf(top[i], sink), part = 1;
         if (sinks) {
-            part = exp2f((top[i] - most) * LOG2_E);
-            total[i] = total[i] * part + exp2f((sink - most) * LOG2_E);
+            part = power_of_two((top[i] - most) * LOG2_E);
+            total[i] = total[i] * part + power_of_two((sink - most) * LOG2_E);
         }
         float inverse = total[i] == 0.0f ? 0.0f : part / total[i];
         i64 t = first + WARP * 16 + group + i * 8;

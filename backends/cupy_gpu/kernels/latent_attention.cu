@@ -144,10 +144,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_latents(
             most = fmaxf(most, scores[i]);
         }
         for (int step = 4; step; step >>= 1) most = fmaxf(most, __shfl_xor_sync(FULL, most, step));
-        float base = most == NOTHING ? 0.0f : most, shrink = exp2f((top - base) * LOG2_E);
+        float base = most == NOTHING ? 0.0f : most, shrink = power_of_two((top - base) * LOG2_E);
 #pragma unroll
         for (int i = 0; i < KEYS / 8; i += 2) {
-            float a = exp2f((scores[i] - base) * LOG2_E), b = exp2f((scores[i + 1] - base) * LOG2_E);
+            float a = power_of_two((scores[i] - base) * LOG2_E), b = power_of_two((scores[i + 1] - base) * LOG2_E);
             sum += a + b;
             *(u32 *)(shared.p + lane * P_STRIDE + first_key + i) = bf16_pair(a, b);
         }

@@ -156,6 +156,7 @@ inline float f16_to_float(unsigned bits) {
     return sign ? -tiny : tiny;
 }
 
+inline float power_of_two(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
 inline unsigned float_to_bf16(float x) {
     unsigned bits = __float_as_uint(x);
     return isnan(x) ? bits >> 16 | 0x40u : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
