@@ -49,8 +49,11 @@ __device__ __forceinline__ void load_tile(
     i64 pages_per_row, uint4 *tile) {
     int stride = row_vectors(width), whole = ((int)width * SIZE + 15) / 16;
     const u8 *first = (const u8 *)x + (first_of(row, pages, x_slot) + head * x_head) * SIZE;
-    for (int i = threadIdx.x; i < KEYS * whole; i += THREADS) {
-        int key = i / whole, vector = i % whole;
+    // The next one of a thread is so many keys and vectors further.
+    const int keys = THREADS / whole, vectors = THREADS % whole;
+    for (int key = threadIdx.x / whole, vector = threadIdx.x % whole; key < KEYS; key += keys, vector += vectors) {
+        if (vector >= whole) key++, vector -= whole;
+        if (key >= KEYS) break;
         bool valid = s + key < end;
         const u8 *from = first;
         if (valid) from += way_to(row, r, s + key, size, pages, pages_per_row, x_slot, x_entry) * SIZE;
@@ -84,17 +87,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) attend(
     wait_for_inputs();
     release_dependents();
 
-    const i64 splits = gridDim.y, split = blockIdx.y, r = blockIdx.z, per = heads / key_heads;
-    const i64 head = blockIdx.x % key_heads, first_lane = blockIdx.x / key_heads * LANES;
+    const i64 splits = gridDim.y, split = blockIdx.y, r = blockIdx.z;
+    const u32 per = (u32)heads / (u32)key_heads, head = blockIdx.x % (u32)key_heads, first_lane = blockIdx.x / (u32)key_heads * LANES;
     const Row row = row_of_plan(plan, r);
-    const i64 lanes = (row.end - row.query) * per;
+    const u32 lanes = (u32)(row.end - row.query) * per;
     if (first_lane >= lanes || row.end - row.query > most) return;
-    const int used = (int)min((i64)LANES, lanes - first_lane);
+    const int used = (int)min((u32)LANES, lanes - first_lane);
 
     // The keys that any of these queries sees, and this block's part of them.
     i64 first_query = row.start + first_lane / per, last_query = row.start + (first_lane + used - 1) / per;
     i64 low = max((i64)0, reach(first_query, window, chunk) - row.first), high = min(row.count, last_query + 1 - row.first);
-    i64 each = (max((i64)0, high - low) + splits - 1) / splits;
+    i64 each = ((u32)max((i64)0, high - low) + gridDim.y - 1) / gridDim.y;
     each = (each + KEYS - 1) / KEYS * KEYS;
     i64 begin = low + split * each, end = min(high, begin + each);
 
@@ -105,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) attend(
         int lane = i / (q_stride * PER), n = i % (q_stride * PER);
         float value = 0;
         if (lane < used && n < key_width) {
-            i64 token = row.query + (first_lane + lane) / per, h = head * per + (first_lane + lane) % per;
+            i64 token = row.query + (first_lane + lane) / per, h = (i64)head * per + (first_lane + lane) % per;
             value = q[(token * heads + h) * key_width + n] * scale;
         }
         ((float *)queries)[((n % PER / 4 * LANES + lane) * q_stride + n / PER) * 4 + n % 4] = value;
@@ -219,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) attend(
 #pragma unroll
         for (int lane = 0; lane < LANES; lane++) {
             if (lane >= used) continue;
-            i64 token = row.query + (first_lane + lane) / per, h = head * per + (first_lane + lane) % per;
+            i64 token = row.query + (first_lane + lane) / per, h = (i64)head * per + (first_lane + lane) % per;
             float most = top[lane], all = total[lane], part = 1;
             if (sinks) {
                 most = fmaxf(most, sinks[h]);
@@ -248,7 +251,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) attend(
     if (!is_last(tickets + tile, (u32)splits, &arrived)) return;
 #pragma unroll 1
     for (int lane = 0; lane < used; lane++) {
-        i64 token = row.query + (first_lane + lane) / per, h = head * per + (first_lane + lane) % per;
+        i64 token = row.query + (first_lane + lane) / per, h = (i64)head * per + (first_lane + lane) % per;
         const float *records = partial + (tile * splits * LANES + lane) * record;
         float sink = sinks ? sinks[h] : NOTHING, most = sink;
         for (i64 i = 0; i < splits; i++) most = fmaxf(most, load_shared_by_blocks(records + i * LANES * record));

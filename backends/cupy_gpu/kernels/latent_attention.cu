@@ -71,14 +71,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_latents(
     wait_for_inputs();
     release_dependents();
 
-    const i64 splits = gridDim.x, split = blockIdx.x, r = blockIdx.z, first_lane = (i64)blockIdx.y * LANES;
+    const i64 splits = gridDim.x, split = blockIdx.x, r = blockIdx.z;
+    const u32 first_lane = blockIdx.y * LANES, per = (u32)heads;
     const Row row = row_of_plan(plan, r);
-    const i64 lanes = (row.end - row.query) * heads;
+    const u32 lanes = (u32)(row.end - row.query) * per;
     if (first_lane >= lanes) return;
-    const int used = (int)min((i64)LANES, lanes - first_lane);
-    i64 first_query = row.start + first_lane / heads, last_query = row.start + (first_lane + used - 1) / heads;
+    const int used = (int)min((u32)LANES, lanes - first_lane);
+    i64 first_query = row.start + first_lane / per, last_query = row.start + (first_lane + used - 1) / per;
     i64 low = max((i64)0, reach(first_query, window, chunk) - row.first), high = min(row.count, last_query + 1 - row.first);
-    const int each = (int)((max((i64)0, high - low) + splits - 1) / splits + KEYS - 1) / KEYS * KEYS;
+    const int each = (int)(((u32)max((i64)0, high - low) + gridDim.x - 1) / gridDim.x + KEYS - 1) / KEYS * KEYS;
     const int begin = (int)(low + split * each), end = (int)min(high, (i64)begin + each);
 
     const int tile = WARP / 4, quarter = WARP % 4, group = LANE >> 2, pair = LANE & 3;
@@ -102,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_latents(
     const int lane = threadIdx.x / 8, first_key = threadIdx.x % 8 * (KEYS / 8);
     float top = NOTHING, total = 0;
     for (int i = threadIdx.x; i < LANES; i += THREADS) {
-        i64 position = row.start + (first_lane + i) / heads;
+        i64 position = row.start + (first_lane + i) / per;
         shared.first_seen[i] = i < used ? (int)max((i64)0, reach(position, window, chunk) - row.first) : end;
         shared.last_seen[i] = (int)min((i64)end, position + 1 - row.first) - 1;
     }
