@@ -164,7 +164,7 @@ void begin_checking(const unsigned char *begin, const unsigned char *end) {
         cells.resize(std::max(cells.size(), (span.end - span.begin) / CELL + 1));
     }
     fences_at.clear();
-    report[0] = 0;
+    accesses = 0, report[0] = 0;
 }
 
 void begin_block() {
