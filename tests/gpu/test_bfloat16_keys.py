@@ -66,7 +66,7 @@ def attended(backend: type[InBoth], operation: str, dtype: str, every: int = 1) 
     ("operation", "dtype"), [("attention", "float32"), ("attention", "bfloat16"), ("latent_attention", "stored")]
 )
 def test_some(operation: str, dtype: str) -> None:
-    attended(Twice, operation, dtype, 37)
+    attended(Twice, operation, dtype, 61)
 
 
 @pytest.mark.full

@@ -14,7 +14,7 @@ pytestmark = [emulated, checked]
 OPERATIONS = [op.name for op in operations() if op.backends] + [MODEL]
 
 # One trial of so many runs each time; all of them with `pytest -m full`.
-EVERY = 7
+EVERY = 9
 
 
 def conforms(operation: str, dtype: str, every: int, *, seed: int = 0) -> None:

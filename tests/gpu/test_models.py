@@ -28,7 +28,7 @@ from tests.gpu.emulator.launches import Launches
 from tests.models import CONFIGS
 from tests.steps import in_pieces
 
-pytestmark = [emulated, checked]
+pytestmark = emulated
 
 MODELS = TRUTH / "models"
 
@@ -65,6 +65,7 @@ def test_an_export_of_each_architecture(name: str) -> None:
     agrees_with_pytorch(name)
 
 
+@checked
 @pytest.mark.full
 @pytest.mark.parametrize("name", CASES)
 def test_every_export(name: str) -> None:
