@@ -164,6 +164,21 @@ __device__ __forceinline__ void find_rows(const Matrix &m, i64 n0, const uint4 *
 // Sums over a lane's vectors of N rows with each token.
 template <int N> struct Sums { float of[N][TOKENS]; };
 
+// Puts numbers begin .. begin + STAGED of each token into shared memory.
+__device__ __forceinline__ void stage(SOURCE, int begin, Through &through, float4 *staged);
+
+// `use(begin, end)` for each part of a row's vectors, when what meets them has been staged.
+template <class Use>
+__device__ __forceinline__ void each_part(SOURCE, int vectors, Through &through, float4 *staged, Use use) {
+#pragma unroll 1
+    for (int begin = 0; begin < vectors; begin += STAGED_VECTORS) {
+        __syncthreads();
+        stage(SOURCE_GIVEN, begin * PER, through, staged);
+        __syncthreads();
+        use(begin, min(vectors, begin + STAGED_VECTORS));
+    }
+}
+
 #if TENSOR
 #include "gemv_tensor.cuh"
 #else
@@ -240,18 +255,13 @@ __device__ __forceinline__ void products(
     for (int n = 0; n < N; n++)
 #pragma unroll
         for (int t = 0; t < TOKENS; t++) sums.of[n][t] = 0;
-#pragma unroll 1
-    for (int begin = 0; begin < vectors; begin += STAGED_VECTORS) {
-        int end = min(vectors, begin + STAGED_VECTORS);
-        __syncthreads();
-        stage(SOURCE_GIVEN, begin * PER, through, staged);
-        __syncthreads();
+    each_part(SOURCE_GIVEN, vectors, through, staged, [&](int begin, int end) {
 #pragma unroll 1
         for (int first = begin; first < end; first += AHEAD * 32) {
             if (first) fetch<N>(row, first, end, ahead);
             multiply<N>(m, factors, ahead, first, begin, end, staged, sums);
         }
-    }
+    });
     end_through(SOURCE_GIVEN, through, room);
 #pragma unroll
     for (int n = 0; n < N; n++)

@@ -63,12 +63,7 @@ __device__ __forceinline__ void products(
     float d[GROUPS][4];
 #pragma unroll
     for (int g = 0; g < GROUPS; g++) d[g][0] = d[g][1] = d[g][2] = d[g][3] = 0;
-#pragma unroll 1
-    for (int begin = 0; begin < vectors; begin += STAGED_VECTORS) {
-        int end = min(vectors, begin + STAGED_VECTORS);
-        __syncthreads();
-        stage(SOURCE_GIVEN, begin * PER, through, staged);
-        __syncthreads();
+    each_part(SOURCE_GIVEN, vectors, through, staged, [&](int begin, int end) {
 #pragma unroll 1
         for (int first = begin; first < end; first += UNITS * WARPS * (UNIT / PER)) {
             if (first) fetch(mine, first, end, ahead);
@@ -88,7 +83,7 @@ __device__ __forceinline__ void products(
                 }
             }
         }
-    }
+    });
 #pragma unroll
     for (int g = 0; g < GROUPS; g++) {
         parts[WARP][g * 8 + 2 * pair][group] = d[g][0] + d[g][2];
