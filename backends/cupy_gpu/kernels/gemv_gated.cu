@@ -13,16 +13,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemv_gated(
     find_rows<HALF>(up, n0, row + HALF, factors + HALF);
     Sums<ROWS> sums;
     products<ROWS>(SOURCE_GIVEN, gate, row, factors, (float4 *)staged, sums);
-    if (LANE) return;
+    // A lane a number: activations are long, and would stand here for each.
+    static_assert(HALF * TOKENS <= 32, "a lane a number");
+    float g = 0, u = 0;
 #pragma unroll
-    for (int r = 0; r < HALF; r++) {
-        i64 n = n0 + r;
-        if (n >= gate.rows) continue;
+    for (int r = 0; r < HALF; r++)
 #pragma unroll
-        for (int t = 0; t < TOKENS; t++) {
-            if (t >= tokens) continue;
-            float g = sums.of[r][t] + (gate_bias ? gate_bias[n] : 0.0f), u = sums.of[HALF + r][t] + (up_bias ? up_bias[n] : 0.0f);
-            out[t * gate.rows + n] = activate((int)act, g) * u;
-        }
-    }
+        for (int t = 0; t < TOKENS; t++)
+            if (LANE == r * TOKENS + t) g = sums.of[r][t], u = sums.of[HALF + r][t];
+    i64 n = n0 + LANE / TOKENS, t = LANE % TOKENS;
+    if (LANE >= HALF * TOKENS || n >= gate.rows || t >= tokens) return;
+    g += gate_bias ? gate_bias[n] : 0.0f, u += up_bias ? up_bias[n] : 0.0f;
+    out[t * gate.rows + n] = activate((int)act, g) * u;
 }
